@@ -51,9 +51,9 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
     let (built, said) = log.capture(fuzzer.command().arg("build").args(&fuzzer.target_folder()))?;
     ensure!(built, "the targets do not build: {}", said.lines().last().unwrap_or_default());
 
-    let wanted = all.iter().filter(|name| {
-        args.target.is_empty() || args.target.iter().any(|target| target == **name)
-    });
+    let wanted = all
+        .iter()
+        .filter(|name| args.target.is_empty() || args.target.iter().any(|target| target == **name));
     let mut waiting: VecDeque<&str> = wanted.copied().collect();
     let mut running: Vec<Target> = Vec::new();
     let mut clean = true;
@@ -163,7 +163,9 @@ impl Target {
         // A target that executed nothing has not been fuzzed, whatever it exits with.
         let clean = success && executions > 0;
         let verdict = if clean { "nothing found" } else { "FAILED" };
-        println!("{name}: {executions} executions, coverage {coverage}, corpus {corpus}: {verdict}");
+        println!(
+            "{name}: {executions} executions, coverage {coverage}, corpus {corpus}: {verdict}"
+        );
         if !clean {
             let text = fs::read(log).unwrap_or_default();
             let text = String::from_utf8_lossy(&text);
@@ -219,9 +221,6 @@ mod tests {
         let text = "#2\tINITED cov: 10 ft: 11 corp: 1/1b exec/s: 0 rss: 40Mb\n\
             #4096\tpulse  cov: 120 ft: 340 corp: 25/670b lim: 4096\n\
             stat::number_of_executed_units: 5000\n";
-        assert_eq!(
-            Progress::parse(text),
-            Progress { executions: 5000, coverage: 120, corpus: 25 }
-        );
+        assert_eq!(Progress::parse(text), Progress { executions: 5000, coverage: 120, corpus: 25 });
     }
 }

@@ -258,8 +258,7 @@ fn with_backports(origins: Vec<Origin>, codename: &str) -> Vec<Origin> {
     let ours = |suite: &str| {
         suite == codename || suite.strip_prefix(codename).is_some_and(|rest| rest.starts_with('-'))
     };
-    let mut kept: Vec<Origin> =
-        origins.into_iter().filter(|origin| ours(&origin.suite)).collect();
+    let mut kept: Vec<Origin> = origins.into_iter().filter(|origin| ours(&origin.suite)).collect();
     let backports = format!("{codename}-backports");
     if !kept.iter().any(|origin| origin.suite == backports) {
         let main = kept.iter().find(|origin| origin.suite == codename).cloned();
@@ -286,11 +285,13 @@ fn parse_madison(printed: &str) -> Vec<Offer> {
     let mut offers = Vec::new();
     for line in printed.lines() {
         let mut columns = line.split('|').map(str::trim);
-        let (Some(_), Some(version), Some(place)) = (columns.next(), columns.next(), columns.next())
+        let (Some(_), Some(version), Some(place)) =
+            (columns.next(), columns.next(), columns.next())
         else {
             continue;
         };
-        let Some((suite, _)) = place.split(' ').nth(1).and_then(|word| word.rsplit_once('/')) else {
+        let Some((suite, _)) = place.split(' ').nth(1).and_then(|word| word.rsplit_once('/'))
+        else {
             continue;
         };
         offers.push(Offer { version: version.to_owned(), suite: suite.to_owned() });

@@ -93,7 +93,8 @@ mod tests {
 
     #[test]
     fn only_complete_lines_of_ours_count() {
-        let written = "SeaBIOS (version)\r\npass=01 sum=ab\n[ 0.1] kernel\npass=02 sum=ab\npass=03 su";
+        let written =
+            "SeaBIOS (version)\r\npass=01 sum=ab\n[ 0.1] kernel\npass=02 sum=ab\npass=03 su";
         let reports = reports(written);
         assert_eq!(reports.len(), 2);
         assert_eq!(reports[1].get("pass").unwrap(), "02");

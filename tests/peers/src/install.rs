@@ -71,8 +71,9 @@ impl Peer {
     /// It is not there; says what to do.
     pub fn command(self) -> Result<Command> {
         if self == Self::Given {
-            let path = std::env::var_os(GIVEN_VARIABLE)
-                .with_context(|| format!("{GIVEN_VARIABLE} is not set: cargo xtask peers --qemu"))?;
+            let path = std::env::var_os(GIVEN_VARIABLE).with_context(|| {
+                format!("{GIVEN_VARIABLE} is not set: cargo xtask peers --qemu")
+            })?;
             return Ok(Command::new(path));
         }
         unpacked_command(&folder()?.join(format!("qemu-{}", self.version())))
@@ -197,9 +198,9 @@ fn install_linux(apt: &Apt, folder: &Path) -> Result<()> {
         apt.unpack_alone(&[&image, "busybox-static"], &unpacked)?;
         let kernel = fs::read_dir(unpacked.join("boot"))?
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.file_name().is_some_and(|name| {
-                name.to_string_lossy().starts_with("vmlinuz-")
-            }))
+            .find(|path| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+            })
             .with_context(|| format!("{image} holds no vmlinuz"))?;
         fs::rename(kernel, root.join("vmlinuz"))?;
         let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| unpacked.join(path));

@@ -2,7 +2,8 @@
 //!
 //! What lives here: fetching the QEMUs of the distribution without installing them
 //! ([`install`]), running them ([`qemu`], driven over [`qmp`]), and guests that check themselves
-//! and say so on their serial port ([`guest`], read through [`console`]). The tests are under
+//! and say so on their serial port ([`guest`], read through [`console`]), and the ways of a guest
+//! from one QEMU through whimbrel into another ([`journey`]). The tests are under
 //! `tests/`; they are `#[ignore]`d because they need the QEMUs, and `cargo xtask peers` fetches
 //! those and runs them.
 
@@ -12,6 +13,7 @@ pub mod apt;
 pub mod console;
 pub mod guest;
 pub mod install;
+pub mod journey;
 pub mod qemu;
 pub mod qmp;
 pub mod wait;

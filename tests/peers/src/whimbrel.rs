@@ -112,9 +112,8 @@ impl Whimbrel {
     /// It takes longer than `limit`; with what it said so far.
     pub fn wait(&mut self, limit: Duration) -> Result<Ended> {
         let Self { child, what, output, complaints } = self;
-        let read = |path: &Path| {
-            String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned()
-        };
+        let read =
+            |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
         let status = wait::until(&format!("the end of {what}"), limit, || Ok(child.try_wait()?))
             .with_context(|| format!("it said {:?}", read(complaints)))?;
         Ok(Ended { status, output: read(output), complaints: read(complaints) })

@@ -1,31 +1,18 @@
 //! QEMU to QEMU, without us: what a stock pair can do here, which is what ours is measured by.
 //! When one of these fails, the harness or the machine is at fault, not whimbrel.
 
-#![expect(missing_docs, reason = "tests")]
-
-use std::time::Duration;
-
 use anyhow::Result;
 use whimbrel_peers::guest::{BootSector, Guest, Linux};
 use whimbrel_peers::install::Peer;
+use whimbrel_peers::journey::{Journey, MIGRATION_MAX, Transport};
 use whimbrel_peers::on_each_peer;
-use whimbrel_peers::qemu::{Begin, Machine};
-
-/// From boot to a guest well under way, on a busy machine without KVM.
-const SETTLE_MAX: Duration = Duration::from_secs(240);
-const MIGRATION_MAX: Duration = Duration::from_secs(120);
 
 fn qemu_to_qemu(from: Peer, to: Peer, machine: &str, guest: &dyn Guest) -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let source = Machine { peer: from, machine, guest };
-    let mut source = source.start(folder.path(), "source", Begin::Boot)?;
-    source.console.wait_for(guest.settled_lines(), SETTLE_MAX)?;
-    let destination = Machine { peer: to, machine, guest };
-    let mut destination = destination.start(folder.path(), "destination", Begin::Incoming)?;
-    let uri = destination.listen("tcp:127.0.0.1:0", &[])?;
+    let journey = Journey::new(machine, guest)?;
+    let mut source = journey.boot(from)?;
+    let (destination, uri) = journey.waiting(to, Transport::Tcp, &[])?;
     source.migrate_away(&uri, &[], MIGRATION_MAX)?;
-    destination.console.wait_for(guest.settled_lines(), SETTLE_MAX)?;
-    guest.check_continues(&source.console.written(), &destination.console.written())
+    journey.check_arrived(&source, &destination)
 }
 
 fn boot_sector_moves(peer: Peer) -> Result<()> {

@@ -19,6 +19,8 @@ use crate::console::{Report, reports};
 /// Where the firmware loads a boot sector.
 const ORIGIN: u32 = 0x7c00;
 const SECTOR_BYTES: usize = 512;
+/// The firmware boots from no disk that is smaller than a cylinder.
+const DISK_BYTES: usize = 1 << 20;
 const COUNTERS_AT: u32 = 8 << 20;
 const COUNTER_PAGES: u32 = 256;
 const RANDOM_AT: u32 = 16 << 20;
@@ -38,7 +40,9 @@ impl Guest for BootSector {
     fn arguments(&self, folder: &Path) -> Result<Vec<String>> {
         let image = folder.join("boot-sector.img");
         if !image.exists() {
-            fs::write(&image, self.sector()).with_context(|| image.display().to_string())?;
+            let mut disk = self.sector();
+            disk.resize(DISK_BYTES, 0);
+            fs::write(&image, disk).with_context(|| image.display().to_string())?;
         }
         let drive = format!("if=virtio,format=raw,readonly=on,file={}", image.display());
         Ok(["-m", "32", "-drive", &drive].map(str::to_owned).to_vec())
@@ -170,32 +174,33 @@ fn passes(code: &mut Code) {
         (" sum=", [0x89, 0xd0]),    //               mov eax, edx
         (" errors=", [0x89, 0xe8]), //               mov eax, ebp
     ] {
-        code.call(Routine::PutText);
+        code.call(Routine::Text);
         code.raw(text.as_bytes()).raw(&[0]);
         code.raw(&value);
-        code.call(Routine::PutHex);
+        code.call(Routine::Hex);
     }
     code.raw(&[0xb0, b'\n']); //                     mov al, '\n'
-    code.call(Routine::PutByte);
+    code.call(Routine::Byte);
     code.raw(&[0xe9]); //                            jmp pass
     let operand = code.here();
     code.raw(&[0; 4]);
     patch_near(&mut code.bytes, operand, pass);
 }
 
+/// What writes to the serial port.
 #[derive(Debug, Clone, Copy)]
 enum Routine {
-    PutByte,
-    PutHex,
-    PutText,
+    Byte,
+    Hex,
+    Text,
 }
 
 impl Routine {
     fn of(self, at: &Routines) -> usize {
         match self {
-            Self::PutByte => at.put_byte,
-            Self::PutHex => at.put_hex,
-            Self::PutText => at.put_text,
+            Self::Byte => at.put_byte,
+            Self::Hex => at.put_hex,
+            Self::Text => at.put_text,
         }
     }
 }

@@ -68,8 +68,7 @@ impl Guest for Linux {
         }
         let (kernel, initrd) = (self.parts.kernel.display(), initrd.display());
         let line = "console=ttyS0 quiet panic=-1 rdinit=/init";
-        let mut arguments: Vec<String> =
-            ["-m", "160", "-append", line].map(str::to_owned).to_vec();
+        let mut arguments: Vec<String> = ["-m", "160", "-append", line].map(str::to_owned).to_vec();
         arguments.extend(["-kernel".to_owned(), kernel.to_string()]);
         arguments.extend(["-initrd".to_owned(), initrd.to_string()]);
         // More RAM blocks and more device state than the bare machine has.
