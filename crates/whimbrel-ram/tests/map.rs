@@ -84,6 +84,8 @@ fn op() -> impl Strategy<Value = Op> {
 /// A claim together with what it gave.
 struct Held<'m> {
     claim: Claim<'m>,
+    /// What a claim on target pages took off the map.
+    batch: BTreeSet<Page>,
     taken: Vec<Page>,
 }
 
@@ -93,7 +95,7 @@ struct Model<'m> {
     pages: Vec<Page>,
     /// Marked and not taken since: these must be sent.
     due: BTreeSet<Page>,
-    /// Marked while it was in a batch: taking that batch made it current, and it may come again.
+    /// Taken since it was marked, but marked while a claim held it: it may come again.
     maybe: BTreeSet<Page>,
     sweeps: [Sweep; 2],
     held: Vec<Held<'m>>,
@@ -121,19 +123,28 @@ impl<'m> Model<'m> {
         self.due.extend(pages);
     }
 
-    fn hold(&mut self, claim: Claim<'m>) {
+    /// What is on the map of the block whose claims are batches.
+    fn pending_small(&self) -> BTreeSet<Page> {
+        let on_map = |p: &&Page| !Self::is_large(**p) && self.map.is_pending(p.0, TargetPage(p.1));
+        self.pages.iter().filter(on_map).copied().collect()
+    }
+
+    fn hold(&mut self, before: &BTreeSet<Page>, claim: Claim<'m>) {
         let first = (claim.block(), claim.span().start);
         assert_eq!(self.owner_of(first), None, "a host page has one owner");
         assert!(claim.remaining() > 0, "no claim is empty");
-        self.held.push(Held { claim, taken: Vec::new() });
+        let batch = before - &self.pending_small();
+        assert!(Self::is_large(first) || claim.remaining() == batch.len() as u64);
+        self.held.push(Held { claim, batch, taken: Vec::new() });
     }
 
     fn request(&mut self, page: Page) {
         let owner = self.owner_of(page);
+        let before = self.pending_small();
         match self.map.claim(self.host_page(page)) {
             Asked::Claimed(claim) => {
                 assert_eq!(claim.is_urgent(), Self::is_large(page));
-                self.hold(claim);
+                self.hold(&before, claim);
             }
             Asked::UnderWay => {
                 let owner = owner.expect("only an owner is told");
@@ -160,7 +171,12 @@ impl<'m> Model<'m> {
             assert!(held.claim.span().contains(&page.1));
             assert!(held.taken.last().is_none_or(|last| *last < page), "ascending, once each");
             let was_due = self.due.remove(&page);
-            assert!(was_due | self.maybe.remove(&page), "{page:?} was never marked");
+            let known = if Self::is_large(page) {
+                was_due | self.maybe.remove(&page)
+            } else {
+                held.batch.remove(&page)
+            };
+            assert!(known, "{page:?} was never marked");
             if self.map.is_pending(page.0, TargetPage(page.1)) {
                 self.maybe.insert(page);
             }
@@ -170,7 +186,8 @@ impl<'m> Model<'m> {
 
     fn end(&mut self, which: usize, spend: bool) {
         let Some(which) = which.checked_rem(self.held.len()) else { return };
-        let Held { claim, taken } = self.held.swap_remove(which);
+        let Held { claim, batch, taken } = self.held.swap_remove(which);
+        self.maybe.extend(batch);
         if spend {
             claim.spend();
         } else {
@@ -192,12 +209,13 @@ impl<'m> Model<'m> {
                 self.due.extend(&self.pages);
             }
             Op::Sweep { which, batch } => {
+                let before = self.pending_small();
                 self.sweeps[which].set_batch(batch);
                 if let Some(claim) = self.map.claim_next(&mut self.sweeps[which]) {
                     assert!(
                         claim.block() == BlockIndex(1) || claim.remaining() <= u64::from(batch)
                     );
-                    self.hold(claim);
+                    self.hold(&before, claim);
                 }
             }
             Op::Request(page) => self.request(self.pages[page % self.pages.len()]),
@@ -211,9 +229,8 @@ impl<'m> Model<'m> {
     fn widen(&mut self) {
         self.held.iter_mut().for_each(|held| while held.claim.next_page().is_some() {});
         // Dropped, not spent: all that was just taken is on the map again.
-        for held in std::mem::take(&mut self.held) {
-            drop(held.claim);
-            self.due.extend(held.taken);
+        while !self.held.is_empty() {
+            self.end(0, false);
         }
         self.map.widen_to_host_pages();
         for &page in &self.pages {
@@ -309,21 +326,23 @@ fn urgency_outlives_a_claim_that_was_dropped() {
     map.fill();
     let page = HostPage { block: BlockIndex(1), number: 0 };
     let mut sweep = map.sweep();
-    let claim = loop {
-        let claim = map.claim_next(&mut sweep).unwrap();
-        if claim.block() == BlockIndex(1) {
-            break claim;
+    let mut next_large = || loop {
+        let claim = map.claim_next(&mut sweep)?;
+        if claim.block() == page.block {
+            return Some(claim);
         }
         claim.spend();
     };
+    let claim = next_large().unwrap();
     assert!(!claim.is_urgent());
     assert!(matches!(map.claim(page), Asked::UnderWay));
     assert!(claim.is_urgent());
     drop(claim);
-    let mut again = map.claim_next(&mut map.sweep());
-    while again.as_ref().is_some_and(|claim| claim.block() == BlockIndex(0)) {
-        again = map.claim_next(&mut sweep);
-    }
-    let claim = again.or_else(|| map.claim_next(&mut sweep)).unwrap();
+    assert!(next_large().is_none(), "the end of the turn");
+    let mut claim = next_large().unwrap();
     assert!(claim.is_urgent(), "whoever goes on with the page knows that somebody waits");
+    while claim.next_page().is_some() {}
+    claim.spend();
+    map.fill();
+    assert!(!next_large().or_else(next_large).unwrap().is_urgent(), "it was answered");
 }
