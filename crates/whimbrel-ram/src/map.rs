@@ -223,7 +223,7 @@ impl PageMap {
         match Claim::of_host_page(self, page) {
             Some(claim) => Asked::Claimed(claim),
             None => {
-                owner.store(0, Ordering::Release);
+                self.release(page, true);
                 Asked::AlreadySent
             }
         }
@@ -232,11 +232,8 @@ impl PageMap {
     /// The end of an ownership. A page that was `finished` has nobody waiting for it any more;
     /// otherwise whoever claims it next is told.
     pub(crate) fn release(&self, page: HostPage, finished: bool) {
-        if finished {
-            self.owner(page).store(0, Ordering::Release);
-        } else {
-            self.owner(page).fetch_and(!OWNED, Ordering::Release);
-        }
+        let over = if finished { OWNED | URGENT } else { OWNED };
+        self.owner(page).fetch_and(!over, Ordering::Release);
     }
 
     pub(crate) fn is_urgent(&self, page: HostPage) -> bool {

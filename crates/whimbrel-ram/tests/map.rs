@@ -14,12 +14,12 @@ use whimbrel_ram::{
 type Page = (BlockIndex, u64);
 
 fn block(name: &str, pages: u64, host_page: PageSize) -> RamBlock {
-    let len = usize::try_from(pages).unwrap() * 4096;
-    let layout = Layout::from_size_align(len, host_page.bytes()).unwrap();
+    let len = usize::try_from(pages).expect("small") * 4096;
+    let layout = Layout::from_size_align(len, host_page.bytes()).expect("a power of two");
     // SAFETY: the layout is not empty.
-    let memory = NonNull::new(unsafe { alloc_zeroed(layout) }).unwrap();
+    let memory = NonNull::new(unsafe { alloc_zeroed(layout) }).expect("memory");
     // SAFETY: the memory is aligned to the host page and never freed.
-    unsafe { RamBlock::external(name, 0, memory, len, host_page) }.unwrap()
+    unsafe { RamBlock::external(name, 0, memory, len, host_page) }.expect("a good length")
 }
 
 /// A block of target pages that ends in the middle of a word, and one of larger host pages.
@@ -103,7 +103,7 @@ struct Model<'m> {
 
 impl<'m> Model<'m> {
     fn host_page(&self, (block, page): Page) -> HostPage {
-        self.ram.host_page(block, TargetPage(page).offset()).unwrap()
+        self.ram.host_page(block, TargetPage(page).offset()).expect("inside")
     }
 
     fn is_large(page: Page) -> bool {
