@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use crate::page::{BlockIndex, PageSize, TARGET_PAGE};
+use crate::page::{BlockIndex, HostPage, PageSize, TARGET_PAGE};
 
 /// What a block's memory is made of.
 #[derive(Debug)]
@@ -379,6 +379,16 @@ impl GuestRam {
     /// The block of that name.
     pub fn find(&self, name: &str) -> Option<(BlockIndex, &RamBlock)> {
         self.blocks().find(|(_, block)| block.name() == name)
+    }
+
+    /// The host page that holds byte `offset` of a block: what a request for it names.
+    ///
+    /// # Panics
+    /// When the index is not of this RAM.
+    pub fn host_page(&self, block: BlockIndex, offset: u64) -> Result<HostPage, BlockError> {
+        self.block(block).range(offset, 1)?;
+        let size = self.block(block).host_page_size().bytes() as u64;
+        Ok(HostPage { block, number: offset / size })
     }
 
     /// The length of all blocks together, in bytes.

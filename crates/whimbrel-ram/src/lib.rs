@@ -11,10 +11,15 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod block;
+mod claim;
+mod map;
 mod page;
+mod sync;
 
 pub mod dirty;
 pub mod kernel_copy;
 
 pub use block::{Backing, BlockError, GuestRam, RamBlock};
+pub use claim::{Asked, Claim};
+pub use map::{PageMap, Sweep};
 pub use page::{BlockIndex, HostPage, PageSize, TARGET_PAGE, TargetPage};
