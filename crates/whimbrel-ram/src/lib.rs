@@ -18,6 +18,7 @@ mod sync;
 
 pub mod dirty;
 pub mod kernel_copy;
+pub mod zero;
 
 pub use block::{Backing, BlockError, GuestRam, RamBlock};
 pub use claim::{Asked, Claim};

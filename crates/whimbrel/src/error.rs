@@ -20,6 +20,16 @@ pub enum Error {
         /// Where in the stream, what was expected and what was found.
         source: whimbrel_wire::Error,
     },
+    /// A delta does not fit its page.
+    #[error("{channel} channel, byte {offset}: {source}")]
+    Delta {
+        /// The channel's name.
+        channel: &'static str,
+        /// Where in the stream.
+        offset: u64,
+        /// What was expected and what was found.
+        source: whimbrel_wire::xbzrle::DeltaError,
+    },
     /// A channel failed.
     #[error("{channel} channel, byte {offset}: {source}")]
     Channel {

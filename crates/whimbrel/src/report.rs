@@ -62,6 +62,7 @@ struct Slow {
     status: MigrationStatus,
     error: Option<String>,
     setup_ms: Option<u64>,
+    stopped: Option<Instant>,
     downtime_ms: Option<u64>,
     total_ms: Option<u64>,
     xbzrle: Option<XbzrleCacheStats>,
@@ -102,17 +103,6 @@ impl Report {
         })
     }
 
-    /// Changes the state from `from` to `to`; says whether it was `from`.
-    pub(crate) fn step(&self, from: MigrationStatus, to: MigrationStatus) -> bool {
-        self.with(|slow| {
-            let fits = slow.status == from;
-            if fits {
-                slow.status = to;
-            }
-            fits
-        })
-    }
-
     pub(crate) fn set_error(&self, error: String) {
         self.with(|slow| slow.error = Some(error));
     }
@@ -122,8 +112,17 @@ impl Report {
         self.with(|slow| slow.setup_ms = Some(elapsed));
     }
 
-    pub(crate) fn set_downtime_ms(&self, downtime: u64) {
-        self.with(|slow| slow.downtime_ms = Some(downtime));
+    /// The guest is being stopped for its switchover: downtime begins.
+    pub(crate) fn guest_stops(&self) {
+        self.with(|slow| slow.stopped = Some(Instant::now()));
+    }
+
+    /// The guest is the destination's: downtime is over, as far as it is seen from here.
+    pub(crate) fn guest_has_gone(&self) {
+        self.with(|slow| {
+            let downtime = slow.stopped.map(|since| since.elapsed().as_millis());
+            slow.downtime_ms = downtime.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX));
+        });
     }
 
     pub(crate) fn set_xbzrle(&self, stats: XbzrleCacheStats) {

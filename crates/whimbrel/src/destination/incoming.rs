@@ -1,6 +1,8 @@
 //! One stream from its header to its end: what is said is checked, what is sent is placed.
 
-use whimbrel_ram::zero::ZeroTest;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use whimbrel_ram::{BlockIndex, GuestRam, TARGET_PAGE, TargetPage};
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
@@ -40,11 +42,11 @@ pub(crate) struct Incoming {
     ram: Option<GuestRam>,
     /// The stream's blocks, by their place in its list.
     blocks: Vec<BlockIndex>,
-    zero: ZeroTest,
     return_path: bool,
     own_machine: bool,
     sections: Vec<DeviceSection>,
     loaded: bool,
+    placed: Arc<AtomicU64>,
 }
 
 impl Incoming {
@@ -53,12 +55,17 @@ impl Incoming {
             input: Input::new(channel, MainDecoder::new(MainOptions::default())),
             ram: None,
             blocks: Vec::new(),
-            zero: ZeroTest::detect(),
             return_path: false,
             own_machine: false,
             sections: Vec::new(),
             loaded: false,
+            placed: Arc::default(),
         }
+    }
+
+    /// Counts the bytes of RAM that have been placed in `placed`.
+    pub(crate) fn with_progress(self, placed: Arc<AtomicU64>) -> Incoming {
+        Incoming { placed, ..self }
     }
 
     /// Takes the stream in up to where its guest may run: the source has given up the right.
@@ -82,10 +89,10 @@ impl Incoming {
 
     /// The other side closed: only a QEMU that describes no devices ends like that.
     fn finish_at_close(&mut self, host: &mut dyn Host) -> Result<(), Error> {
-        match self.input.finish_at_close() {
+        match self.input.close()? {
             Some(state) => {
                 let early = std::mem::take(&mut self.sections);
-                self.load(host, Devices::Qemu { early, state: Box::new(state?) })
+                self.load(host, Devices::Qemu { early, state: Box::new(state) })
             }
             None => Err(self.input.ended("the rest of the migration")),
         }
@@ -175,6 +182,7 @@ impl Incoming {
     }
 
     fn record(&mut self, record: RamRecord) -> Result<(), Error> {
+        self.placed.fetch_add(TARGET_PAGE.bytes() as u64, Ordering::Relaxed);
         match record {
             RamRecord::PageFollows { block, offset, .. } => {
                 let (ram, index) = self.place(block)?;
@@ -184,7 +192,7 @@ impl Incoming {
                 let (ram, index) = self.place(block)?;
                 let block = ram.block(index);
                 // Untouched memory is zero and stays untouched.
-                if !self.zero.is_zero(block, TargetPage::containing(offset.0)) {
+                if !block.is_zero(TargetPage::containing(offset.0)) {
                     block.write_zeros(offset.0, TARGET_PAGE.bytes())?;
                 }
                 Ok(())
@@ -214,9 +222,10 @@ impl Incoming {
         self.input.take_bytes(delta)?;
         let mut page = [0; PAGE];
         ram.block(index).read(offset, &mut page)?;
-        xbzrle::decode(delta, &mut page).map_err(|kind| Error::Protocol {
+        xbzrle::decode(delta, &mut page).map_err(|source| Error::Delta {
             channel: "main",
-            source: whimbrel_wire::Error::new(at, kind),
+            offset: at,
+            source,
         })?;
         ram.block(index).write(offset, &page)?;
         Ok(())

@@ -3,7 +3,7 @@
 
 use whimbrel_ram::kernel_copy::Scatter;
 use whimbrel_ram::{RamBlock, TARGET_PAGE};
-use whimbrel_wire::{Decoded, MainDecoder};
+use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
 
 use crate::channel::Channel;
 use crate::error::Error;
@@ -66,6 +66,16 @@ impl Input {
         Ok(bytes)
     }
 
+    /// The stream has ended: gives the devices of a QEMU that describes none, if that is how it
+    /// may end.
+    pub(crate) fn close(&mut self) -> Result<Option<DeviceState>, Error> {
+        let decoder =
+            std::mem::replace(&mut self.decoder, MainDecoder::new(MainOptions::default()));
+        decoder
+            .close(&self.buffer[self.start..self.end])
+            .map_err(|source| Error::Protocol { channel: self.channel.name(), source })
+    }
+
     /// The stream ended where something more had to come.
     pub(crate) fn ended(&self, expected: impl Into<String>) -> Error {
         let offset = self.decoder.offset() + (self.end - self.start) as u64;
@@ -81,7 +91,7 @@ impl Input {
         if here < PAGE {
             self.receive_rest(block, offset + here as u64, PAGE - here)?;
         }
-        self.decoder.payload_taken(PAGE);
+        self.decoder.payload_taken(PAGE as u64);
         Ok(())
     }
 
@@ -116,7 +126,7 @@ impl Input {
             self.start += here;
             done += here;
         }
-        self.decoder.payload_taken(out.len());
+        self.decoder.payload_taken(out.len() as u64);
         Ok(())
     }
 }

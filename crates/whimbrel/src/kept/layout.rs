@@ -6,7 +6,6 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use whimbrel_ram::kernel_copy::Gather;
-use whimbrel_ram::zero::ZeroTest;
 use whimbrel_ram::{GuestRam, RamBlock, TARGET_PAGE, TargetPage};
 use whimbrel_wire::{
     BlockInfo, Configuration, FileHeader, MappedRamHeader, encode_end_of_section,
@@ -15,7 +14,7 @@ use whimbrel_wire::{
 
 use crate::channel::partial_name;
 use crate::error::Error;
-use crate::source::setup::{RAM_SECTION, name, ram_section};
+use crate::source::setup::{RAM_SECTION, block_list, name, ram_section};
 
 /// Pages written with one system call.
 const RUN_MAX: u64 = 1024;
@@ -52,7 +51,7 @@ impl Writing {
         configuration.encode(&mut words);
         words.extend_from_slice(early);
         ram_section()?.encode_start(&mut words);
-        BlockInfo::encode_total(ram.total_bytes(), &mut words);
+        block_list(ram)?.encode_total(&mut words);
         let mut at = 0;
         let mut stored = 0;
         for (_, block) in ram.blocks() {
@@ -99,13 +98,12 @@ impl Writing {
         block: &RamBlock,
         header: &MappedRamHeader,
     ) -> Result<(Vec<u8>, u64), Error> {
-        let zero = ZeroTest::detect();
-        let bytes = bitmap::bitmap_len(block.len(), header.page_size);
+        let bytes = bitmap::bitmap_len(block.len(), whimbrel_wire::TargetPage::FOUR_KIB);
         let mut bits = vec![0; usize::try_from(bytes).expect("RAM fits in memory")];
         let mut stored = 0;
         let mut run = 0..0;
         for page in 0..block.target_pages() {
-            if zero.is_zero(block, TargetPage(page)) {
+            if block.is_zero(TargetPage(page)) {
                 continue;
             }
             bitmap::set(&mut bits, page, true);

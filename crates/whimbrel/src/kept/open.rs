@@ -209,7 +209,7 @@ impl<'p> Opening<'p> {
     }
 
     fn bitmap(&mut self, info: &BlockInfo, header: &MappedRamHeader) -> Result<Vec<u8>, Error> {
-        let bytes = bitmap::bitmap_len(info.used_length, header.page_size);
+        let bytes = bitmap::bitmap_len(info.used_length, self.decoder.target_page());
         let fits = header.bitmap_offset.checked_add(bytes).is_some_and(|end| end <= self.file_len);
         if !fits {
             return Err(self.error(format!("the bitmap of RAM block {} is cut off", info.name)));
@@ -219,9 +219,9 @@ impl<'p> Opening<'p> {
             .seek(SeekFrom::Start(header.bitmap_offset))
             .and_then(|_| self.file.read_exact(&mut bits))
             .map_err(|error| kept_error(self.path, "cannot be read", &error))?;
-        let pages = info.used_length / header.page_size.size();
+        let pages = info.used_length / header.page_size;
         let last = (0..pages).rev().find(|&page| bitmap::is_set(&bits, page));
-        let end = last.map_or(0, |page| header.pages_offset + (page + 1) * header.page_size.size());
+        let end = last.map_or(0, |page| header.pages_offset + (page + 1) * header.page_size);
         if end > self.file_len {
             return Err(self.error(format!("the pages of RAM block {} are cut off", info.name)));
         }

@@ -18,11 +18,6 @@ pub(crate) struct Throttle {
 }
 
 impl Throttle {
-    /// By how much the guest is slowed down.
-    pub(crate) fn percent(&self) -> u8 {
-        self.percent
-    }
-
     /// The dirty log was taken: `dirtied` bytes since the last time, while `sent` went out. Gives
     /// the new percentage where it changes.
     pub(crate) fn synced(

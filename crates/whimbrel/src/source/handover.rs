@@ -6,8 +6,6 @@
 //! without which no destination starts. From there on the guest is the destination's: if its SHUT
 //! does not come, nobody here can know whether it runs there, and it stays stopped.
 
-use std::time::Instant;
-
 use whimbrel_wire::vmdesc::describe;
 use whimbrel_wire::{Command, DeviceSection, encode_eof, encode_vm_description};
 
@@ -27,7 +25,6 @@ pub(super) fn hand_over(
     mut stream: Stream,
     devices: &[DeviceSection],
 ) -> Result<(), Error> {
-    let stopped_at = Instant::now();
     let before = stream.out.bytes();
     for device in devices {
         device.encode(stream.out.words());
@@ -42,7 +39,7 @@ pub(super) fn hand_over(
     add(&job.report.counters.downtime_bytes, stream.out.bytes() - before);
     set(&job.report.counters.transferred, stream.out.bytes());
     let finished = result.and_then(|()| stream.out.into_channel().finish());
-    let _ = stopped_at;
+    job.report.guest_has_gone();
     match finished {
         Ok(()) if kept => {
             if let Held::Stopped { right, .. } = std::mem::replace(held, Held::GivenUp) {

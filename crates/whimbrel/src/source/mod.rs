@@ -1,16 +1,18 @@
 //! Guest RAM → wire: the source of a migration.
 //!
 //! `source/main` goes through the states, a file each: [`setup`], [`precopy`], [`switchover`],
-//! [`handover`]. [`out`] is the road of the pages on this side, [`answers`] reads what the
+//! [`handover`]. [`pages`] and [`out`] are the road of a page on this side, [`answers`] reads what the
 //! destination says.
 
 pub(crate) mod answers;
 pub(crate) mod handover;
 pub(crate) mod out;
+mod pages;
 mod precopy;
 pub(crate) mod setup;
 mod switchover;
 mod undo;
+mod xbzrle;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

@@ -19,6 +19,8 @@ pub(crate) struct Out {
     channel: Channel,
     ram: GuestRam,
     records: RecordEncoder,
+    /// The blocks' places in the announced list, by their place in RAM.
+    places: Vec<whimbrel_wire::BlockIndex>,
     /// All bytes that are not guest memory.
     words: Vec<u8>,
     pages: Vec<Page>,
@@ -34,8 +36,10 @@ struct Page {
 
 impl Out {
     pub(crate) fn new(channel: Channel, ram: GuestRam, blocks: Arc<BlockList>) -> Out {
+        let places = blocks.iter().map(|(place, _)| place).collect();
         let records = RecordEncoder::new(blocks);
-        Out { channel, ram, records, words: Vec::new(), pages: Vec::with_capacity(PAGES_MAX) }
+        let pages = Vec::with_capacity(PAGES_MAX);
+        Out { channel, ram, records, places, words: Vec::new(), pages }
     }
 
     /// Where to append what is not a page.
@@ -80,13 +84,28 @@ impl Out {
         self.pages.push(Page { words_before: self.words.len(), block, page });
     }
 
+    /// Appends a page from a copy of its content.
+    pub(crate) fn push_copy(&mut self, block: BlockIndex, page: TargetPage, content: &[u8]) {
+        assert_eq!(content.len(), TARGET_PAGE.bytes(), "a whole page");
+        let (index, offset) = self.place(block, page);
+        self.records.page_header(index, offset, &mut self.words);
+        self.words.extend_from_slice(content);
+    }
+
+    /// Appends what changed in a page.
+    pub(crate) fn push_delta(&mut self, block: BlockIndex, page: TargetPage, delta: &[u8]) {
+        let (index, offset) = self.place(block, page);
+        let len = u16::try_from(delta.len()).expect("shorter than a page");
+        self.records.xbzrle_header(index, offset, len, &mut self.words);
+        self.words.extend_from_slice(delta);
+    }
+
     fn place(
         &self,
         block: BlockIndex,
         page: TargetPage,
     ) -> (whimbrel_wire::BlockIndex, BlockOffset) {
-        let index = self.records.blocks().at(block.index()).expect("announced in setup");
-        (index, BlockOffset(page.offset()))
+        (self.places[block.index()], BlockOffset(page.offset()))
     }
 
     /// Sends what was gathered.

@@ -3,13 +3,14 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use whimbrel_ram::zero::ZeroTest;
-use whimbrel_ram::{Claim, PageMap, Sweep, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{PageMap, Sweep, TARGET_PAGE};
 use whimbrel_wire::encode_end_of_section;
 
 use super::Job;
+use super::pages::{BATCH_MAX, Pages};
 use super::setup::{RAM_SECTION, Stream};
 use super::undo::Logging;
+use super::xbzrle::Deltas;
 use crate::error::Error;
 use crate::plan::{Convergence, Next, Pace, Throttle};
 use crate::report::{add, set};
@@ -18,9 +19,6 @@ use crate::status::Event;
 
 /// How long one PART lasts, so that decisions are taken often enough.
 const PART: Duration = Duration::from_millis(50);
-
-/// The most bytes of one system call's pages.
-const BATCH_MAX: usize = 2 << 20;
 
 /// The state `active`.
 #[derive(Debug)]
@@ -44,7 +42,7 @@ impl<'j> Precopy<'j> {
             map,
             log,
             sweep: map.sweep(),
-            pages: Pages::new(job),
+            pages: Pages::new(job, job.has(Capability::Xbzrle).then(|| Deltas::new(job))),
             pace: Pace::new(job.parameters().max_bandwidth, now),
             convergence: Convergence::new(now),
             throttle: Throttle::default(),
@@ -68,6 +66,8 @@ impl<'j> Precopy<'j> {
                 Next::SwitchOver => return Ok(()),
                 Next::Sync => {
                     self.sync(stream)?;
+                    // What has not been sent once cannot be a delta of anything.
+                    self.pages.first_pass_is_over();
                     (fresh, turn_done) = (true, false);
                 }
                 Next::Iterate => {
@@ -140,69 +140,5 @@ impl<'j> Precopy<'j> {
             let ms = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
             set(&counters.expected_downtime_ms, ms);
         }
-    }
-}
-
-/// From the page map to the channel: claims, looks for zeros, gathers, sends, spends.
-#[derive(Debug)]
-pub(super) struct Pages<'j> {
-    job: &'j Job,
-    zero: ZeroTest,
-    /// A claim that did not fit into the last batch as a whole.
-    open: Option<Claim<'j>>,
-    /// Claims whose pages are all gathered.
-    gathered: Vec<Claim<'j>>,
-}
-
-impl<'j> Pages<'j> {
-    pub(super) fn new(job: &'j Job) -> Pages<'j> {
-        Pages { job, zero: ZeroTest::detect(), open: None, gathered: Vec::new() }
-    }
-
-    /// Sends up to `most` bytes of what the map still has; says whether the sweep came to its end.
-    pub(super) fn batch(
-        &mut self,
-        map: &'j PageMap,
-        sweep: &mut Sweep,
-        log: &Logging<'_>,
-        stream: &mut Stream,
-        most: usize,
-    ) -> Result<bool, Error> {
-        let mut turn_done = false;
-        let (mut normal, mut duplicate) = (0, 0);
-        while stream.out.gathered() < most && !stream.out.is_full() {
-            if self.open.is_none() {
-                let Some(claim) = map.claim_next(sweep) else {
-                    turn_done = true;
-                    break;
-                };
-                log.rearm(&claim)?;
-                self.open = Some(claim);
-            }
-            let Some(claim) = &mut self.open else { break };
-            let Some(page) = claim.next_page() else {
-                self.gathered.extend(self.open.take());
-                continue;
-            };
-            let block = claim.block();
-            if self.is_zero(claim.block(), page) {
-                stream.out.push_zero(block, page);
-                duplicate += 1;
-            } else {
-                stream.out.push_page(block, page);
-                normal += 1;
-            }
-        }
-        stream.flush()?;
-        for claim in self.gathered.drain(..) {
-            claim.spend();
-        }
-        add(&self.job.report.counters.normal, normal);
-        add(&self.job.report.counters.duplicate, duplicate);
-        Ok(turn_done && self.open.is_none())
-    }
-
-    fn is_zero(&self, block: whimbrel_ram::BlockIndex, page: TargetPage) -> bool {
-        self.zero.is_zero(self.job.guest.vm().ram().block(block), page)
     }
 }

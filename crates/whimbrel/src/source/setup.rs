@@ -99,7 +99,8 @@ pub(crate) fn ram_section() -> Result<SectionHeader, Error> {
     Ok(SectionHeader { id: RAM_SECTION, name: name(RAM)?, instance_id: 0, version_id: RAM_VERSION })
 }
 
-fn block_list(ram: &GuestRam) -> Result<BlockList, Error> {
+/// The blocks as they are announced.
+pub(crate) fn block_list(ram: &GuestRam) -> Result<BlockList, Error> {
     let infos: Result<Vec<BlockInfo>, Error> = ram
         .blocks()
         .map(|(_, block)| Ok(BlockInfo::new(name(block.name())?, block.len())))

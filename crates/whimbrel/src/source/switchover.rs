@@ -6,7 +6,7 @@ use rustix::event::PollFlags;
 use whimbrel_ram::PageMap;
 use whimbrel_wire::{DeviceSection, SectionHeader, SectionId, encode_end_of_section};
 
-use super::precopy::Pages;
+use super::pages::{BATCH_MAX, Pages};
 use super::setup::{RAM_SECTION, Stream, name};
 use super::undo::Logging;
 use super::{Held, Job};
@@ -16,9 +16,6 @@ use crate::report::{add, set};
 use crate::settings::Capability;
 use crate::status::{MigrationStatus, RunState};
 
-/// The most bytes of one system call's pages.
-const BATCH_MAX: usize = 2 << 20;
-
 /// Stops the guest, and waits for `migrate-continue` where that is asked for.
 pub(super) fn stop(job: &Job, held: &mut Held) -> Result<(), Error> {
     let Some(right) = job.guest.take_right() else {
@@ -26,6 +23,7 @@ pub(super) fn stop(job: &Job, held: &mut Held) -> Result<(), Error> {
     };
     let before = job.guest.state();
     job.guest.set_state(RunState::FinishMigrate);
+    job.report.guest_stops();
     let stopped = if before == RunState::Running { job.guest.pause(&right) } else { Ok(()) };
     *held = Held::Stopped { right, before };
     stopped?;
@@ -54,7 +52,7 @@ pub(super) fn send_rest(
     job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed);
     let before = stream.out.bytes();
     RAM_SECTION.encode_end(stream.out.words());
-    let mut pages = Pages::new(job);
+    let mut pages = Pages::new(job, None);
     let mut sweep = map.sweep();
     while !pages.batch(map, &mut sweep, log, stream, BATCH_MAX)? {}
     assert_eq!(map.pending(), 0, "the guest stands still and one turn has sent it all");
