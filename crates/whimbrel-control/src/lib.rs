@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod backend;
+mod client;
 mod endpoint;
 mod error;
 mod framing;
@@ -18,6 +19,7 @@ mod server;
 mod stream;
 
 pub use backend::{Backend, EventListener, ParameterChange, Subscription};
+pub use client::{Client, ClientError, MigrationReport, PeerEvent, PeerRunState, PeerStatus};
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::{ErrorClass, QmpError};
 pub use server::{Server, ServerError, ServerOptions};

@@ -7,11 +7,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, chmod};
+use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 
 use crate::Endpoint;
@@ -30,8 +32,7 @@ impl Stream {
     /// Connects within `timeout`.
     pub(crate) fn connect(endpoint: &Endpoint, timeout: Duration) -> io::Result<Stream> {
         match endpoint {
-            // The kernel answers at once for a Unix socket, unless the listener's backlog is full.
-            Endpoint::Unix(path) => UnixStream::connect(path).map(Stream::Unix),
+            Endpoint::Unix(path) => connect_unix(path, timeout).map(Stream::Unix),
             Endpoint::Tcp { host, port } => {
                 let host = if host.is_empty() { "localhost" } else { host };
                 let deadline = Instant::now() + timeout;
@@ -107,6 +108,26 @@ impl AsFd for Stream {
             Stream::Tcp(stream) => stream.as_fd(),
         }
     }
+}
+
+/// The kernel answers at once, unless the listener's backlog is full: then it is tried again.
+fn connect_unix(path: &Path, timeout: Duration) -> io::Result<UnixStream> {
+    const PAUSE: Duration = Duration::from_millis(10);
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let deadline = Instant::now() + timeout;
+    while let Err(error) = connect(&socket, &address) {
+        match error {
+            Errno::INTR => {}
+            Errno::AGAIN if Instant::now() < deadline => thread::sleep(PAUSE),
+            Errno::AGAIN => return Err(ErrorKind::TimedOut.into()),
+            _ => return Err(error.into()),
+        }
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 /// A listening QMP socket, non-blocking. The file of a Unix socket goes with it.
