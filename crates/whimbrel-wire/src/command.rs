@@ -67,7 +67,7 @@ impl RamDiscard {
     /// As many ranges as QEMU puts in one command: send no more than this to a peer.
     pub const RANGES_MAX: usize = 12;
     /// As many ranges as are taken from a peer: what fits [`HEADER_MAX`] under the longest name.
-    pub const RANGES_LIMIT: usize = (HEADER_MAX - 5 - 3 - Name::MAX) / 16;
+    pub const RANGES_LIMIT: usize = (PAYLOAD_MAX - 3 - Name::MAX) / 16;
     const VERSION: u8 = 0;
     const LEN_MIN: u16 = 20;
 
@@ -189,10 +189,9 @@ impl Command {
             let command = name_of(number);
             return bad(length_at, ErrorKind::CommandLength { command, expected, found: len });
         }
-        let payload_max = HEADER_MAX - cursor.at();
-        if usize::from(len) > payload_max {
+        if usize::from(len) > PAYLOAD_MAX {
             let what = "bytes of a command's payload";
-            let (found, limit) = (len.into(), payload_max as u64);
+            let (found, limit) = (len.into(), PAYLOAD_MAX as u64);
             return bad(length_at, ErrorKind::TooLarge { what, found, limit });
         }
         // All of the payload must be there before any of it is read, so that no field of it
@@ -240,6 +239,10 @@ impl Command {
         })
     }
 }
+
+/// Most bytes of payload that are taken from a peer: with its mark, number and length a command
+/// is a header.
+const PAYLOAD_MAX: usize = HEADER_MAX - 5;
 
 const fn name_of(number: u16) -> &'static str {
     match number {
