@@ -12,6 +12,7 @@
 mod backend;
 mod client;
 mod endpoint;
+mod engine;
 mod error;
 mod framing;
 mod json;
@@ -21,5 +22,6 @@ mod stream;
 pub use backend::{Backend, EventListener, ParameterChange, Subscription};
 pub use client::{Client, ClientError, MigrationReport, PeerEvent, PeerRunState, PeerStatus};
 pub use endpoint::{Endpoint, EndpointError};
+pub use engine::MigratorBackend;
 pub use error::{ErrorClass, QmpError};
 pub use server::{Server, ServerError, ServerOptions};
