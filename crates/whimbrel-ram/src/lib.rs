@@ -10,17 +10,23 @@
 //! by the kernel ([`kernel_copy`]), and only here.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod backing;
 mod block;
 mod claim;
+mod copy;
+mod guest_ram;
 mod map;
 mod page;
 mod sync;
+mod uffd;
 
 pub mod dirty;
 pub mod kernel_copy;
 pub mod zero;
 
-pub use block::{Backing, BlockError, GuestRam, RamBlock};
+pub use backing::{Backing, Owner, Sharing};
+pub use block::{BlockError, RamBlock};
 pub use claim::{Asked, Claim};
+pub use guest_ram::GuestRam;
 pub use map::{PageMap, Sweep};
 pub use page::{BlockIndex, HostPage, PageSize, TARGET_PAGE, TargetPage};

@@ -24,10 +24,10 @@ static MEMORY: Memory = Memory([0; 4 * 65536]);
 /// memory itself.
 fn ram(pages: usize, per_host: usize) -> GuestRam {
     let memory = NonNull::from(&MEMORY.0).cast::<u8>();
-    let host_page = PageSize::new(per_host * 4096).unwrap();
+    let host_page = PageSize::new(per_host * 4096).expect("a power of two");
     // SAFETY: aligned and long enough, static, and never accessed through the block.
     let block = unsafe { RamBlock::external("ram", 0, memory, pages * 4096, host_page) };
-    GuestRam::new(vec![block.unwrap()])
+    GuestRam::new(vec![block.expect("a good length")])
 }
 
 fn bits(ram: &GuestRam, page: u64) -> DirtyBits {

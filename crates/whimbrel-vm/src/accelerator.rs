@@ -5,9 +5,10 @@ use std::sync::Arc;
 use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
 
-use crate::config::Config;
+use crate::config::{AccelChoice, Config};
 use crate::dirty::{Marks, OwnWrites};
 use crate::error::Error;
+use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
 use crate::machine::Machine;
 use crate::native::NativeMachine;
@@ -29,8 +30,16 @@ pub(crate) fn make(
     serial: &Arc<SerialPort>,
     gaps: &Arc<[Gap]>,
 ) -> Result<Made, Error> {
-    let _ = config;
+    let kvm = match config.accel {
+        AccelChoice::Native => None,
+        AccelChoice::Kvm => Some(kvm::open()?),
+        AccelChoice::Auto => kvm::open().ok(),
+    };
     let own = Arc::new(OwnWrites::new(ram));
+    if let Some(kvm) = kvm {
+        let machine = KvmMachine::new(&kvm, ram, layout, serial, gaps)?;
+        return Ok(Made { machine: Arc::new(machine), dirty: own, dirty_name: "own-writes" });
+    }
     let marks = Marks(Some(Arc::clone(&own)));
     let machine = Arc::new(NativeMachine::new(ram, layout, marks, serial, gaps));
     Ok(Made { machine, dirty: own, dirty_name: "own-writes" })

@@ -12,6 +12,7 @@ mod config;
 mod dirty;
 mod error;
 mod gate;
+mod kvm;
 mod layout;
 mod machine;
 mod memory;
