@@ -48,7 +48,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
     for target in &args.target {
         ensure!(all.contains(&target.as_str()), "no target {target:?}, only {}", all.join(", "));
     }
-    let (built, said) = log.capture(fuzzer.command().arg("build").args(&fuzzer.target_folder()))?;
+    let (built, said) = log.capture(fuzzer.command().arg("build").args(fuzzer.target_folder()))?;
     ensure!(built, "the targets do not build: {}", said.lines().last().unwrap_or_default());
 
     let wanted = all

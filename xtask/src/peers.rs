@@ -31,7 +31,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         for line in &lacking.said {
             println!("not run: {line}");
         }
-        ensure!(!(in_ci() && !lacking.said.is_empty()), "CI skips nothing essential");
+        ensure!(lacking.said.is_empty() || !in_ci(), "CI skips nothing essential");
         skips = lacking.filters;
     }
     build_command(workspace, &mut Log::create(&workspace.target("xtask/build.log"))?)?;
@@ -96,6 +96,8 @@ fn tests(workspace: &Workspace, skips: &[String]) -> std::process::Command {
         .args([THREADS, "--include-ignored"])
         .args(skips.iter().flat_map(|skip| ["--skip", skip]))
         .env(FOLDER_VARIABLE, workspace.target("peers"))
-        .env(BINARY_VARIABLE, workspace.target("debug/whimbrel"));
+        .env(BINARY_VARIABLE, workspace.target("debug/whimbrel"))
+        // An error here says what happened; where it was made is noise.
+        .env("RUST_LIB_BACKTRACE", "0");
     command
 }

@@ -76,7 +76,15 @@ impl Peer {
             })?;
             return Ok(Command::new(path));
         }
-        unpacked_command(&folder()?.join(format!("qemu-{}", self.version())))
+        self.command_in(&folder()?)
+    }
+
+    /// The same for a fetched one, in this peers folder.
+    ///
+    /// # Errors
+    /// It is not there; says what to do.
+    pub fn command_in(self, folder: &Path) -> Result<Command> {
+        unpacked_command(&folder.join(format!("qemu-{}", self.version())))
     }
 }
 

@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -126,6 +126,7 @@ impl<'a> Journey<'a> {
             };
             if !listens && !receiver.is_running()? {
                 receiver.wait(LISTEN_MAX)?.succeeded()?;
+                bail!("whimbrel receive ended well before anything came");
             }
             Ok(listens.then_some(()))
         })?;

@@ -61,7 +61,8 @@ mod tests {
         assert_eq!(&bytes[54..62], b"00000005");
         assert_eq!(&bytes[94..102], b"00000005");
         // 110 bytes of header and 5 of name, padded to 116; 5 of content, padded to 124.
-        assert_eq!(&bytes[110..121], b"init\0\012345");
+        assert_eq!(&bytes[110..116], b"init\0\0");
+        assert_eq!(&bytes[116..121], b"12345");
         assert_eq!(&bytes[124..130], b"070701");
         assert_eq!(bytes.len() % 4, 0);
     }
