@@ -4,6 +4,7 @@
 
 mod client;
 mod clients;
+mod engine;
 mod fake;
 mod peers;
 mod protocol;
