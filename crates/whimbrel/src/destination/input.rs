@@ -48,7 +48,9 @@ impl Input {
                 .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
             self.start += used;
             let Decoded::NeedMore(_) = decoded else { return Ok(Some(decoded)) };
-            if self.fill()? == 0 {
+            // The decoder may have taken the first part of something, and not have seen the rest.
+            let seen_it_all = used == 0 || self.start == self.end;
+            if seen_it_all && self.fill()? == 0 {
                 return Ok(None);
             }
         }
