@@ -4,8 +4,59 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use whimbrel_ram::dirty::{DirtyBits, DirtyLog};
-use whimbrel_ram::{BlockIndex, GuestRam, TargetPage};
+use whimbrel_ram::dirty::{DirtyBits, DirtyLog, PagemapScan};
+use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, TargetPage};
+
+use crate::config::DirtyKind;
+use crate::error::Error;
+
+/// The log of a VM on native threads, its name, and where the threads note what they write.
+pub(crate) fn for_native(
+    kind: DirtyKind,
+    ram: &GuestRam,
+) -> Result<(Arc<dyn DirtyLog>, &'static str, Marks), Error> {
+    type Chosen = (Arc<dyn DirtyLog>, &'static str, Marks);
+    let scan = || -> Chosen {
+        (Arc::new(PagemapScan::new(ram)), DirtyKind::PagemapScan.name(), Marks(None))
+    };
+    let own = || -> Chosen {
+        let log = Arc::new(OwnWrites::new(ram));
+        (Arc::clone(&log) as Arc<dyn DirtyLog>, DirtyKind::OwnWrites.name(), Marks(Some(log)))
+    };
+    match kind {
+        DirtyKind::Auto => Ok(if can_scan().is_ok() { scan() } else { own() }),
+        DirtyKind::PagemapScan => can_scan().map(|()| scan()),
+        DirtyKind::OwnWrites => Ok(own()),
+        DirtyKind::KvmLog | DirtyKind::KvmRing => {
+            let problem = "is KVM's: take --accel kvm, or another log".to_owned();
+            Err(Error::DirtyLog { log: kind.name(), problem })
+        }
+    }
+}
+
+/// The log of a VM on KVM, and its name.
+pub(crate) fn for_kvm(
+    kind: DirtyKind,
+    ram: &GuestRam,
+) -> Result<(Arc<dyn DirtyLog>, &'static str), Error> {
+    let _ = kind;
+    can_scan()?;
+    Ok((Arc::new(PagemapScan::new(ram)), DirtyKind::PagemapScan.name()))
+}
+
+/// Whether this host can scan page tables, tried on one page.
+fn can_scan() -> Result<(), Error> {
+    let page = RamBlock::anonymous("probe", 0, 4096)?;
+    let log = PagemapScan::new(&GuestRam::new(vec![page]));
+    let error = |error: io::Error| Error::DirtyLog {
+        log: DirtyKind::PagemapScan.name(),
+        problem: error.to_string(),
+    };
+    log.start().map_err(error)?;
+    let taken = log.take().map_err(error);
+    log.stop();
+    taken.map(drop)
+}
 
 /// Where native vCPUs note what they write, when nothing else sees it.
 #[derive(Clone, Debug, Default)]

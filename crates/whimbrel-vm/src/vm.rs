@@ -64,10 +64,11 @@ impl ReferenceVm {
     /// Builds a VM: memory, guest and vCPU threads, which wait.
     pub fn new(config: Config) -> Result<Arc<ReferenceVm>, Error> {
         let layout = Arc::new(Layout::new(config.memory, config.vcpus, config.workload)?);
+        let kvm = accelerator::open(config.accel)?;
         let ram = memory::map(&config)?;
         let serial = Arc::new(SerialPort::new(&config.serial)?);
         let gaps: Arc<[Gap]> = (0..config.vcpus).map(|_| Gap::default()).collect();
-        let made = accelerator::make(&config, &ram, &layout, &serial, &gaps)?;
+        let made = accelerator::make(&config, kvm.as_ref(), &ram, &layout, &serial, &gaps)?;
         if !config.incoming {
             build(&ram, &layout, config.fill)?;
             made.machine.install(&layout)?;

@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use whimbrel_ram::dirty::{DirtyBits, DirtyLog};
 use whimbrel_ram::{BlockIndex, GuestRam, TargetPage};
 
-pub type Page = (BlockIndex, TargetPage);
+pub(crate) type Page = (BlockIndex, TargetPage);
 
 /// Who writes to the memory that a log watches.
-pub trait Writer: Sync {
+pub(crate) trait Writer: Sync {
     /// Writes to each of the pages.
     fn write(&self, pages: &[Page]);
 
@@ -55,7 +55,7 @@ fn drain(log: &dyn DirtyLog, ram: &GuestRam) {
 }
 
 /// A write shows in the next take, once, and nothing else does.
-pub fn shows_what_is_written(
+pub(crate) fn shows_what_is_written(
     log: &dyn DirtyLog,
     ram: &GuestRam,
     writer: &dyn Writer,
@@ -75,7 +75,11 @@ pub fn shows_what_is_written(
 }
 
 /// What was taken and not delivered comes again, also in the next migration.
-pub fn gives_again_what_was_put_back(log: &dyn DirtyLog, ram: &GuestRam, writer: &dyn Writer) {
+pub(crate) fn gives_again_what_was_put_back(
+    log: &dyn DirtyLog,
+    ram: &GuestRam,
+    writer: &dyn Writer,
+) {
     log.start().unwrap();
     drain(log, ram);
     let pages = some_pages(ram, 5);
@@ -95,7 +99,7 @@ pub fn gives_again_what_was_put_back(log: &dyn DirtyLog, ram: &GuestRam, writer:
 }
 
 /// A log that was stopped starts again, and shows what is written then.
-pub fn starts_again(log: &dyn DirtyLog, ram: &GuestRam, writer: &dyn Writer) {
+pub(crate) fn starts_again(log: &dyn DirtyLog, ram: &GuestRam, writer: &dyn Writer) {
     for _ in 0..2 {
         log.start().unwrap();
         drain(log, ram);
@@ -110,7 +114,12 @@ pub fn starts_again(log: &dyn DirtyLog, ram: &GuestRam, writer: &dyn Writer) {
 
 /// Precopy in the small: while the writer writes, dirty pages are copied; when it has stopped,
 /// what is still dirty is copied, and the copy is the memory.
-pub fn loses_no_write(log: &dyn DirtyLog, ram: &GuestRam, writer: &dyn Writer, how_long: Duration) {
+pub(crate) fn loses_no_write(
+    log: &dyn DirtyLog,
+    ram: &GuestRam,
+    writer: &dyn Writer,
+    how_long: Duration,
+) {
     log.start().unwrap();
     let mut copy: Vec<Vec<u8>> =
         ram.blocks().map(|(_, b)| vec![0; usize::try_from(b.len()).unwrap()]).collect();
