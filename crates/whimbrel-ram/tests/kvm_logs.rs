@@ -4,6 +4,7 @@
 
 mod contract;
 
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -22,6 +23,12 @@ const PRIVATE_LEN: u64 = 1 << 20;
 const LOW: u64 = 1 << 24;
 const LOW_LEN: u32 = 8 << 20;
 const HIGH: u64 = 1 << 28;
+
+/// As many writes as the guest likes before it leaves to us.
+const MANY: usize = 20_000;
+/// So few writes that a ring cannot overflow between two looks at it: some KVMs run a guest without
+/// paging in their emulator and do not look after each instruction.
+const FEW: usize = 32;
 
 /// Writes to each page of a list that a zero ends.
 const WRITE_LIST: &[u8] = &[
@@ -100,7 +107,8 @@ impl Machine {
         unsafe { self.vm.set_user_memory_region(region) }.unwrap();
     }
 
-    fn guest(&self, ring: Option<Arc<KvmRing>>) -> Guest<'_> {
+    /// A guest that leaves to us after `at_once` writes.
+    fn guest(&self, at_once: usize, ring: Option<Arc<KvmRing>>) -> Guest<'_> {
         let vcpu = self.vm.create_vcpu(0).unwrap();
         if let Some(ring) = &ring {
             ring.add_vcpu(&vcpu).unwrap();
@@ -120,7 +128,7 @@ impl Machine {
         (sregs.ds, sregs.es, sregs.ss) = (flat, flat, flat);
         sregs.cr0 |= 1;
         vcpu.set_sregs(&sregs).unwrap();
-        Guest { machine: self, vcpu: Mutex::new(vcpu), ring }
+        Guest { machine: self, vcpu: Mutex::new(vcpu), at_once, ring }
     }
 }
 
@@ -128,38 +136,46 @@ impl Machine {
 struct Guest<'m> {
     machine: &'m Machine,
     vcpu: Mutex<VcpuFd>,
+    at_once: usize,
     ring: Option<Arc<KvmRing>>,
 }
 
 impl Guest<'_> {
     /// Runs until the guest halts.
-    fn run(&self, vcpu: &mut MutexGuard<'_, VcpuFd>) {
+    fn run(&self, vcpu: &mut MutexGuard<'_, VcpuFd>) -> io::Result<()> {
         loop {
             match vcpu.run().unwrap() {
-                VcpuExit::Hlt => return,
+                VcpuExit::Hlt => return Ok(()),
                 VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL) => {
-                    self.ring.as_ref().unwrap().reap().unwrap();
+                    self.ring.as_ref().unwrap().reap()?;
                 }
                 exit => panic!("the guest left with {exit:?}"),
             }
         }
     }
-}
 
-impl Writer for Guest<'_> {
-    fn write(&self, pages: &[Page]) {
+    fn try_write(&self, pages: &[Page]) -> io::Result<()> {
         let mut vcpu = self.vcpu.lock().unwrap();
+        self.machine.private.write(CODE, WRITE_LIST).unwrap();
         let address = |&(block, page): &Page| {
             let address = self.machine.ram.block(block).guest_address() + page.offset();
             u32::try_from(address).unwrap().to_le_bytes()
         };
-        let list: Vec<u8> = pages.iter().map(address).chain([[0; 4]]).flatten().collect();
-        self.machine.private.write(CODE, WRITE_LIST).unwrap();
-        self.machine.private.write(LIST, &list).unwrap();
-        let mut regs = vcpu.get_regs().unwrap();
-        (regs.rip, regs.rsi, regs.rflags) = (CODE, LIST, 2);
-        vcpu.set_regs(&regs).unwrap();
-        self.run(&mut vcpu);
+        for pages in pages.chunks(self.at_once) {
+            let list: Vec<u8> = pages.iter().map(address).chain([[0; 4]]).flatten().collect();
+            self.machine.private.write(LIST, &list).unwrap();
+            let mut regs = vcpu.get_regs().unwrap();
+            (regs.rip, regs.rsi, regs.rflags) = (CODE, LIST, 2);
+            vcpu.set_regs(&regs).unwrap();
+            self.run(&mut vcpu)?;
+        }
+        Ok(())
+    }
+}
+
+impl Writer for Guest<'_> {
+    fn write(&self, pages: &[Page]) {
+        self.try_write(pages).unwrap();
     }
 
     fn write_until(&self, stop: &AtomicBool) {
@@ -168,9 +184,9 @@ impl Writer for Guest<'_> {
         while !stop.load(Ordering::Relaxed) {
             let mut regs = vcpu.get_regs().unwrap();
             (regs.rip, regs.rflags) = (CODE, 2);
-            (regs.rcx, regs.rdi, regs.rbx) = (20_000, LOW, u64::from(LOW_LEN - 4));
+            (regs.rcx, regs.rdi, regs.rbx) = (self.at_once as u64, LOW, u64::from(LOW_LEN - 4));
             vcpu.set_regs(&regs).unwrap();
-            self.run(&mut vcpu);
+            self.run(&mut vcpu).unwrap();
         }
     }
 }
@@ -186,7 +202,7 @@ fn keeps_the_contract(log: &dyn DirtyLog, machine: &Machine, guest: &Guest<'_>) 
 fn the_bitmap_log() {
     let Some(machine) = Machine::new() else { return };
     let log = KvmLog::new(&machine.vm, &machine.slots, &machine.ram).unwrap();
-    keeps_the_contract(&log, &machine, &machine.guest(None));
+    keeps_the_contract(&log, &machine, &machine.guest(MANY, None));
 }
 
 #[test]
@@ -195,7 +211,7 @@ fn the_rings() {
     match KvmRing::new(&machine.vm, &machine.slots, &machine.ram, 1024) {
         Ok(ring) => {
             let ring = Arc::new(ring);
-            keeps_the_contract(&*ring, &machine, &machine.guest(Some(ring.clone())));
+            keeps_the_contract(&*ring, &machine, &machine.guest(FEW, Some(ring.clone())));
         }
         Err(error) => eprintln!("skipped: {error}"),
     }
@@ -204,9 +220,31 @@ fn the_rings() {
 #[test]
 fn rings_after_the_first_vcpu_are_an_error_that_says_so() {
     let Some(machine) = Machine::new() else { return };
-    let _guest = machine.guest(None);
+    let _guest = machine.guest(MANY, None);
     let error = KvmRing::new(&machine.vm, &machine.slots, &machine.ram, 1024).unwrap_err();
     assert!(error.to_string().contains("ring"), "{error}");
+}
+
+#[test]
+fn an_overrun_ring_is_an_error_and_no_loss() {
+    let Some(machine) = Machine::new() else { return };
+    let Ok(ring) = KvmRing::new(&machine.vm, &machine.slots, &machine.ram, 1024) else { return };
+    let ring = Arc::new(ring);
+    let guest = machine.guest(MANY, Some(ring.clone()));
+    ring.start().unwrap();
+    let pages: Vec<Page> =
+        (0..2048).map(|page| (BlockIndex(0), whimbrel_ram::TargetPage(page))).collect();
+    for _ in 0..4 {
+        match guest.try_write(&pages).and_then(|()| ring.take()) {
+            Ok(taken) => assert_eq!(taken.count(), 2048),
+            Err(error) => {
+                assert!(error.to_string().contains("bitmap log"), "{error}");
+                assert!(ring.take().is_err(), "the log stays unusable");
+                return;
+            }
+        }
+    }
+    ring.stop();
 }
 
 #[test]
@@ -215,7 +253,7 @@ fn the_guest_and_the_vmm_together() {
     let own = Arc::new(OwnWrites::new(&machine.ram));
     let kvm = Arc::new(KvmLog::new(&machine.vm, &machine.slots, &machine.ram).unwrap());
     let log = Union::new(&machine.ram, vec![kvm, own.clone()]);
-    let guest = machine.guest(None);
+    let guest = machine.guest(MANY, None);
     keeps_the_contract(&log, &machine, &guest);
 
     log.start().unwrap();

@@ -31,6 +31,10 @@ const KVM_DIRTY_GFN_F_RESET: u32 = 1 << 1;
 ///
 /// A processor may keep some pages back until its vCPU next leaves the guest: they show in a
 /// later take, at the latest when the guest is stopped.
+///
+/// KVM stops a vCPU before its ring is full. Should it not (one that runs the guest in its emulator
+/// was seen to write thousands of pages in between), pages are lost: from then on every use of the
+/// log is an error that says so.
 #[derive(Debug)]
 pub struct KvmRing {
     slots: KvmSlots,
@@ -42,6 +46,8 @@ pub struct KvmRing {
 #[derive(Debug)]
 struct State {
     running: bool,
+    /// A ring was written over: what was in it is lost.
+    overrun: bool,
     rings: Vec<Ring>,
     /// Found by [`KvmRing::reap`] since the last take.
     found: DirtyBits,
@@ -75,7 +81,7 @@ impl KvmRing {
             io::Error::new(error.kind(), text)
         })?;
         let found = DirtyBits::none(ram);
-        let state = Mutex::new(State { running: false, rings: Vec::new(), found });
+        let state = Mutex::new(State { running: false, overrun: false, rings: Vec::new(), found });
         Ok(KvmRing { slots, entries, state, returned: Returned::default() })
     }
 
@@ -93,16 +99,22 @@ impl KvmRing {
     }
 
     fn reap_into(&self, state: &mut State) -> io::Result<()> {
-        let State { rings, found, .. } = state;
+        let State { rings, found, overrun, .. } = state;
         let mut reaped = 0;
         for ring in rings {
-            ring.harvest(|slot, page| {
-                reaped += 1;
+            let harvested = ring.harvest(|slot, page| {
                 // Slots that are no RAM of ours (a ROM, another address space) are not logged.
                 if let Some(slot) = self.slots.slots.iter().find(|s| s.slot == slot) {
                     found.insert(slot.block, TargetPage(slot.offset / 4096 + page), 1);
                 }
             });
+            *overrun |= harvested >= self.entries;
+            reaped += harvested;
+        }
+        if *overrun {
+            let text = "KVM has written over the dirty ring of a vCPU: pages are lost. \
+                        Use its bitmap log instead";
+            return Err(io::Error::other(text));
         }
         if reaped > 0 { self.reset() } else { Ok(()) }
     }
@@ -197,16 +209,17 @@ impl Ring {
         Ok(Ring { entries, count, next: 0 })
     }
 
-    /// Gives slot and page of every entry that KVM has filled, and marks it as harvested.
-    fn harvest(&mut self, mut found: impl FnMut(u32, u64)) {
-        loop {
+    /// Gives slot and page of every entry that KVM has filled, and marks it as harvested. Gives
+    /// how many these were; all there are, only if KVM has filled more than there are.
+    fn harvest(&mut self, mut found: impl FnMut(u32, u64)) -> u32 {
+        for harvested in 0..self.count {
             let index = (self.next % self.count) as usize;
             // SAFETY: `index` is below the number of entries mapped.
             let entry = unsafe { self.entries.add(index) }.as_ptr();
             // SAFETY: the entry's first field, mapped and aligned; KVM accesses it atomically, too.
             let flags = unsafe { AtomicU32::from_ptr(entry.cast::<u32>()) };
             if flags.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_DIRTY == 0 {
-                return;
+                return harvested;
             }
             // SAFETY: KVM does not touch an entry between filling it and its reset.
             let entry = unsafe { ptr::read_volatile(entry) };
@@ -214,6 +227,7 @@ impl Ring {
             flags.store(KVM_DIRTY_GFN_F_RESET, Ordering::Release);
             self.next = self.next.wrapping_add(1);
         }
+        self.count
     }
 }
 

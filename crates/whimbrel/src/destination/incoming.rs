@@ -71,7 +71,12 @@ impl Incoming {
     /// Takes the stream in up to where its guest may run: the source has given up the right.
     pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<(), Error> {
         loop {
-            match self.input.next()? {
+            let return_path = self.return_path;
+            let next = self.input.next(|channel, ping| match return_path {
+                true => send(channel, &ReturnMessage::Pong(ping)),
+                false => Ok(()),
+            })?;
+            match next {
                 Some(Decoded::Ram(record)) => self.record(record)?,
                 Some(Decoded::Eof) => {
                     let own = std::mem::take(&mut self.sections);
@@ -237,9 +242,7 @@ impl Incoming {
     }
 
     fn answer(&mut self, message: &ReturnMessage) -> Result<(), Error> {
-        let mut bytes = Vec::new();
-        message.encode(&mut bytes);
-        self.input.channel().send_bytes(&bytes)
+        send(self.input.channel(), message)
     }
 
     /// The guest has all it needs and is on its way: says so, and ends the connection.
@@ -248,7 +251,7 @@ impl Incoming {
             self.answer(&ReturnMessage::Shut(0))?;
         }
         // What is still coming (the description of our own machines) only explains.
-        while let Ok(Some(_)) = self.input.next() {}
+        while let Ok(Some(_)) = self.input.next(|_, _| Ok(())) {}
         self.input.into_channel().finish()
     }
 
@@ -259,6 +262,12 @@ impl Incoming {
             let _ = self.answer(&ReturnMessage::Shut(1));
         }
     }
+}
+
+fn send(channel: &mut Channel, message: &ReturnMessage) -> Result<(), Error> {
+    let mut bytes = Vec::new();
+    message.encode(&mut bytes);
+    channel.send_bytes(&bytes)
 }
 
 fn unsupported(what: &str) -> Error {

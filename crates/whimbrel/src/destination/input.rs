@@ -39,8 +39,12 @@ impl Input {
         &self.decoder
     }
 
-    /// The next message; `None` where the stream ends.
-    pub(crate) fn next(&mut self) -> Result<Option<Decoded>, Error> {
+    /// The next message; `None` where the stream ends. `answer` is called with a PING that has to
+    /// be answered before the stream goes on.
+    pub(crate) fn next(
+        &mut self,
+        mut answer: impl FnMut(&mut Channel, u32) -> Result<(), Error>,
+    ) -> Result<Option<Decoded>, Error> {
         loop {
             let (used, decoded) = self
                 .decoder
@@ -48,6 +52,13 @@ impl Input {
                 .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
             self.start += used;
             let Decoded::NeedMore(_) = decoded else { return Ok(Some(decoded)) };
+            // The decoder may have taken the first part of something, and not have seen the rest.
+            if used > 0 && self.start < self.end {
+                continue;
+            }
+            if let Some(ping) = self.decoder.waiting_ping() {
+                answer(&mut self.channel, ping)?;
+            }
             if self.fill()? == 0 {
                 return Ok(None);
             }

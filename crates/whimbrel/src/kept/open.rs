@@ -104,7 +104,8 @@ impl<'p> Opening<'p> {
             self.buffer.drain(..used);
             match decoded {
                 Decoded::NeedMore(_) => {
-                    if self.fill()? == 0 {
+                    let seen_it_all = used == 0 || self.buffer.is_empty();
+                    if seen_it_all && self.fill()? == 0 {
                         break;
                     }
                 }
