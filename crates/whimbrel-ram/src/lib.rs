@@ -19,8 +19,11 @@ mod map;
 mod page;
 mod sync;
 mod uffd;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub mod dirty;
+pub mod hash;
 pub mod kernel_copy;
 pub mod zero;
 
