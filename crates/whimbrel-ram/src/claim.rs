@@ -84,6 +84,7 @@ impl<'m> Claim<'m> {
     /// Takes the next target page to be sent, in ascending order; `None` when all are taken.
     ///
     /// What is marked again after it was taken stays on the map for another claim.
+    #[inline]
     pub fn next_page(&mut self) -> Option<TargetPage> {
         while self.left == 0 {
             if !self.next_word() {
