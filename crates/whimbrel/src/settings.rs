@@ -20,20 +20,17 @@ pub enum Capability {
     PauseBeforeSwitchover,
     /// Send the VM's UUID and compare it.
     ValidateUuid,
-    /// Keep the VM in a file whose pages have fixed places.
-    MappedRam,
 }
 
 impl Capability {
     /// All of them, in QMP's order.
-    pub const ALL: [Capability; 7] = [
+    pub const ALL: [Capability; 6] = [
         Capability::Xbzrle,
         Capability::AutoConverge,
         Capability::Events,
         Capability::ReturnPath,
         Capability::PauseBeforeSwitchover,
         Capability::ValidateUuid,
-        Capability::MappedRam,
     ];
 
     /// QMP's name.
@@ -45,7 +42,6 @@ impl Capability {
             Capability::ReturnPath => "return-path",
             Capability::PauseBeforeSwitchover => "pause-before-switchover",
             Capability::ValidateUuid => "validate-uuid",
-            Capability::MappedRam => "mapped-ram",
         }
     }
 }
@@ -73,23 +69,11 @@ impl Capabilities {
         let bit = 1 << capability as u32;
         if on { self.on |= bit } else { self.on &= !bit }
     }
-
-    /// Whether these can be on together.
-    pub fn check(self) -> Result<(), SettingError> {
-        use Capability::{MappedRam, Xbzrle};
-        if self.has(MappedRam) && self.has(Xbzrle) {
-            return Err(SettingError::Conflict(MappedRam, Xbzrle));
-        }
-        Ok(())
-    }
 }
 
 /// Why a setting is refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SettingError {
-    /// Two capabilities exclude each other.
-    #[error("capability '{0}' cannot be used together with '{1}'")]
-    Conflict(Capability, Capability),
     /// A parameter is out of range.
     #[error("parameter '{name}' expects {expected}, not {found}")]
     Range {

@@ -1,0 +1,68 @@
+//! COLO: the words by which primary and secondary agree on a checkpoint.
+//!
+//! They follow the precopy stream on the main connection, and on its reverse direction the
+//! return path's SHUT.
+
+use alloc::vec::Vec;
+
+use crate::ErrorKind;
+use crate::cursor::{Cursor, Stop, bad};
+
+/// A word of COLO.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColoMessage {
+    /// The secondary runs (secondary to primary, once).
+    CheckpointReady,
+    /// A checkpoint begins (primary to secondary).
+    CheckpointRequest,
+    /// The secondary has stopped its guest.
+    CheckpointReply,
+    /// RAM follows: the sections of a checkpoint, up to EOF (primary to secondary).
+    VmstateSend,
+    /// So many bytes of device state follow (primary to secondary).
+    VmstateSize(u64),
+    /// The secondary holds the whole checkpoint.
+    VmstateReceived,
+    /// The secondary has loaded it and runs.
+    VmstateLoaded,
+}
+
+impl ColoMessage {
+    pub(crate) const fn number(self) -> u32 {
+        match self {
+            Self::CheckpointReady => 0,
+            Self::CheckpointRequest => 1,
+            Self::CheckpointReply => 2,
+            Self::VmstateSend => 3,
+            Self::VmstateSize(_) => 4,
+            Self::VmstateReceived => 5,
+            Self::VmstateLoaded => 6,
+        }
+    }
+
+    /// Appends the word, and the size if it has one.
+    pub fn encode(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&self.number().to_be_bytes());
+        if let Self::VmstateSize(size) = self {
+            out.extend_from_slice(&size.to_be_bytes());
+        }
+    }
+
+    /// Reads one word and its size.
+    pub(crate) fn parse(cursor: &mut Cursor<'_>) -> Result<Self, Stop> {
+        let at = cursor.at();
+        Ok(match cursor.be32()? {
+            0 => Self::CheckpointReady,
+            1 => Self::CheckpointRequest,
+            2 => Self::CheckpointReply,
+            3 => Self::VmstateSend,
+            4 => Self::VmstateSize(cursor.be64()?),
+            5 => Self::VmstateReceived,
+            6 => Self::VmstateLoaded,
+            other => {
+                let expected = "a COLO message of 0 to 6";
+                return bad(at, ErrorKind::Unexpected { expected, found: other.into() });
+            }
+        })
+    }
+}

@@ -1,0 +1,217 @@
+//! Collecting QEMU's device state at the end of a precopy stream.
+//!
+//! The state's sections cannot be told apart until the description behind EOF has arrived, so
+//! they are kept until then. The end is recognised by `00 06 length {`, and believed when the
+//! description is whole and its lengths cut all that was collected at footers.
+
+use alloc::vec::Vec;
+
+use crate::cut::{Delimit, Ending, Item, cut};
+use crate::device::DeviceState;
+use crate::section::{FOOTER_LEN, mark};
+use crate::vmdesc::{VM_DESCRIPTION_MAX, VmDescription};
+use crate::{Error, ErrorKind};
+
+/// Bytes by which a possible end is recognised: EOF, the mark, a length, an opening brace.
+const PATTERN_LEN: usize = 7;
+
+/// Bytes of a PING command: mark, number, length, value.
+const PING_LEN: usize = 9;
+
+/// Most possible ends that are waited for at a time, or have turned out to be none. State made
+/// to hold more of them is not worth the time.
+const CANDIDATES_MAX: usize = 64;
+
+/// Collects device state until its end is certain.
+#[derive(Debug)]
+pub struct DeviceTail {
+    bytes: Vec<u8>,
+    base: u64,
+    limit: usize,
+    /// Up to where ends were looked for.
+    scanned: usize,
+    pending: Vec<Candidate>,
+    refused: usize,
+}
+
+/// A place where the state may end.
+#[derive(Debug, Clone, Copy)]
+struct Candidate {
+    /// The EOF byte.
+    eof: usize,
+    /// The end of the description.
+    end: usize,
+}
+
+impl DeviceTail {
+    /// Begins at the mark of the first FULL section, at `base` of the stream, and holds no more
+    /// than `limit` bytes.
+    #[must_use]
+    pub const fn new(base: u64, limit: usize) -> Self {
+        Self { bytes: Vec::new(), base, limit, scanned: 0, pending: Vec::new(), refused: 0 }
+    }
+
+    /// Takes more of the stream. Returns how many bytes it took (all, unless the state ends
+    /// before) and the state once it is complete.
+    ///
+    /// # Errors
+    /// When the state is longer than the limit, or its description does not fit it.
+    pub fn feed(&mut self, input: &[u8]) -> Result<(usize, Option<DeviceState>), Error> {
+        let before = self.bytes.len();
+        let room = self.limit.saturating_sub(before);
+        let (taken, beyond) = input.split_at_checked(room).unwrap_or((input, &[]));
+        self.bytes.extend_from_slice(taken);
+        if let Some((end, state)) = self.look_for_end()? {
+            self.bytes.truncate(end);
+            return Ok((end - before, Some(state)));
+        }
+        if !beyond.is_empty() {
+            let (found, limit) = (self.limit as u64 + 1, self.limit as u64);
+            let what = "bytes of device state";
+            return Err(self.error(self.limit, ErrorKind::TooLarge { what, found, limit }));
+        }
+        Ok((taken.len(), None))
+    }
+
+    /// Bytes held.
+    #[must_use]
+    pub const fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Whether no byte was taken yet.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    /// The value of a PING that is the last thing taken, behind a section's footer. A source that
+    /// waits for the answer before it goes on is a whimbrel that sends a kept VM; bytes of a
+    /// device's state that look the same cost an answer that nobody waits for.
+    #[must_use]
+    pub fn ends_with_ping(&self) -> Option<u32> {
+        let (before, ping) = self.bytes.split_last_chunk::<PING_LEN>()?;
+        let (_, [footer, ..]) = before.split_last_chunk::<FOOTER_LEN>()?;
+        let [command, number @ .., a, b, c, d] = *ping;
+        let is_ping = command == mark::COMMAND && number == [0, 2, 0, 4];
+        (is_ping && *footer == mark::FOOTER).then(|| u32::from_be_bytes([a, b, c, d]))
+    }
+
+    /// The stream has ended without a description that fits: cuts the state at the footers of
+    /// its sections.
+    ///
+    /// # Errors
+    /// When that cannot be done up to an EOF mark as the last byte.
+    pub fn finish_at_close(self) -> Result<DeviceState, Error> {
+        if self.bytes.last() == Some(&mark::EOF) {
+            let items = cut(&self.bytes, self.base, Delimit::Footer, Ending::Eof)?;
+            return Ok(state_of(items, None));
+        }
+        let expected = "the end of the device state (EOF, and its description)";
+        Err(self.error(self.bytes.len(), ErrorKind::Truncated { expected }))
+    }
+
+    /// Follows the bytes in their order, as if they came one at a time, so that the outcome does
+    /// not depend on the pieces.
+    fn look_for_end(&mut self) -> Result<Option<(usize, DeviceState)>, Error> {
+        loop {
+            let found = self.next_candidate();
+            let seen = found.map_or(self.bytes.len(), |found| found.eof + PATTERN_LEN);
+            if let Some(done) = self.try_ends_before(seen)? {
+                return Ok(Some(done));
+            }
+            let Some(found) = found else { return Ok(None) };
+            if self.pending.len() + self.refused >= CANDIDATES_MAX {
+                let problem = "too much of it looks like its end";
+                return Err(self.error(found.eof, ErrorKind::DeviceState { problem }));
+            }
+            self.pending.push(found);
+        }
+    }
+
+    /// Tries the candidates whose description is complete within `seen` bytes.
+    fn try_ends_before(&mut self, seen: usize) -> Result<Option<(usize, DeviceState)>, Error> {
+        loop {
+            let first = self.pending.iter().enumerate().min_by_key(|(_, one)| one.end);
+            let Some((place, one)) = first.map(|(place, one)| (place, *one)) else {
+                return Ok(None);
+            };
+            if one.end > seen {
+                return Ok(None);
+            }
+            self.pending.swap_remove(place);
+            if let Some(state) = self.try_end(one)? {
+                return Ok(Some((one.end, state)));
+            }
+            self.refused += 1;
+        }
+    }
+
+    fn try_end(&self, Candidate { eof, end }: Candidate) -> Result<Option<DeviceState>, Error> {
+        let sections = self.bytes.get(..=eof).unwrap_or_default();
+        let json = self.bytes.get(eof + PATTERN_LEN - 1..end).unwrap_or_default();
+        let description = match VmDescription::parse(json) {
+            Ok(description) => description,
+            // If everything before it is in order this is the end, and the description is bad.
+            Err(kind) => {
+                return match cut(sections, self.base, Delimit::Footer, Ending::Eof) {
+                    Ok(_) => Err(self.error(eof + PATTERN_LEN - 1, kind)),
+                    Err(_) => Ok(None),
+                };
+            }
+        };
+        let delimit = Delimit::Described(&description);
+        match cut(sections, self.base, delimit, Ending::Eof) {
+            Ok(items) => Ok(Some(state_of(items, Some(json.to_vec())))),
+            // Two bytes of JSON that describe nothing may stand anywhere.
+            Err(_) if description.is_empty() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The next place not looked at yet where the state may end.
+    fn next_candidate(&mut self) -> Option<Candidate> {
+        loop {
+            let tail = self.bytes.get(self.scanned..)?;
+            let zero = tail.iter().position(|byte| *byte == mark::EOF);
+            let Some(eof) = zero.map(|zero| self.scanned + zero) else {
+                self.scanned = self.bytes.len();
+                return None;
+            };
+            self.scanned = eof;
+            let pattern = self.bytes.get(eof..eof + PATTERN_LEN)?;
+            self.scanned += 1;
+            if let &[_, mark::VM_DESCRIPTION, a, b, c, d, b'{'] = pattern {
+                let len = usize::try_from(u32::from_be_bytes([a, b, c, d])).ok()?;
+                let fits = (2..=VM_DESCRIPTION_MAX).contains(&len);
+                if fits && ends_item(self.bytes.get(..eof)?) {
+                    return Some(Candidate { eof, end: eof + PATTERN_LEN - 1 + len });
+                }
+            }
+        }
+    }
+
+    const fn error(&self, at: usize, kind: ErrorKind) -> Error {
+        Error::new(self.base.saturating_add(at as u64), kind)
+    }
+}
+
+/// Whether the bytes can end with a footer or a command that may stand among device sections.
+fn ends_item(before: &[u8]) -> bool {
+    let footer = before.last_chunk::<FOOTER_LEN>();
+    if let Some(&[mark::FOOTER, ..] | &[mark::COMMAND, _, _, 0, 0]) = footer {
+        return true;
+    }
+    matches!(before.last_chunk::<9>(), Some(&[mark::COMMAND, 0, 2, 0, 4, ..]))
+}
+
+pub(crate) fn state_of(items: Vec<Item>, vmdesc: Option<Vec<u8>>) -> DeviceState {
+    let mut state = DeviceState { vmdesc, ..DeviceState::default() };
+    for item in items {
+        match item {
+            Item::Section(section) => state.sections.push(section),
+            Item::Command(command) => state.commands.push((state.sections.len(), command)),
+        }
+    }
+    state
+}
