@@ -21,7 +21,8 @@ const CODE: u64 = 0x1000;
 const LIST: u64 = 0x2000;
 const PRIVATE_LEN: u64 = 1 << 20;
 const LOW: u64 = 1 << 24;
-const LOW_LEN: u32 = 8 << 20;
+/// Several chunks of what the bitmap log clears together.
+const LOW_LEN: u32 = 128 << 20;
 const HIGH: u64 = 1 << 28;
 
 /// As many writes as the guest likes before it leaves to us.
