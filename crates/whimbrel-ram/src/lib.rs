@@ -1,1 +1,34 @@
-//! Placeholder for the first commit of the workspace.
+//! Guest RAM for live migration: the two ends of the road of a page.
+//!
+//! ```text
+//! guest RAM ─ claim ─ encode ─ channel ═══ wire ═══ channel ─ decode ─ place ─ guest RAM
+//!     ^^^^^^^^^^^^^^                                                   ^^^^^^^^^^^^^^^^^
+//! ```
+//!
+//! Guest memory is written by vCPUs while this crate reads it. It is therefore never lent out as
+//! a `&[u8]`: it is touched through volatile copies ([`RamBlock::read`], [`RamBlock::write`]) or
+//! by the kernel ([`kernel_copy`]), and only here.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod backing;
+mod block;
+mod claim;
+mod copy;
+mod digest;
+mod guest_ram;
+mod map;
+mod page;
+mod sync;
+mod uffd;
+
+pub mod dirty;
+pub mod kernel_copy;
+pub mod zero;
+
+pub use backing::{Backing, Owner, Sharing};
+pub use block::{BlockError, RamBlock};
+pub use claim::{Asked, Claim};
+pub use digest::BlockDigest;
+pub use guest_ram::GuestRam;
+pub use map::{PageMap, Sweep};
+pub use page::{BlockIndex, HostPage, PageSize, TARGET_PAGE, TargetPage};

@@ -15,6 +15,9 @@ use crate::{Error, ErrorKind};
 /// Bytes by which a possible end is recognised: EOF, the mark, a length, an opening brace.
 const PATTERN_LEN: usize = 7;
 
+/// Bytes of a PING command: mark, number, length, value.
+const PING_LEN: usize = 9;
+
 /// Most possible ends that are waited for at a time, or have turned out to be none. State made
 /// to hold more of them is not worth the time.
 const CANDIDATES_MAX: usize = 64;
@@ -80,6 +83,18 @@ impl DeviceTail {
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.bytes.is_empty()
+    }
+
+    /// The value of a PING that is the last thing taken, behind a section's footer. A source that
+    /// waits for the answer before it goes on is a whimbrel that sends a kept VM; bytes of a
+    /// device's state that look the same cost an answer that nobody waits for.
+    #[must_use]
+    pub fn ends_with_ping(&self) -> Option<u32> {
+        let (before, ping) = self.bytes.split_last_chunk::<PING_LEN>()?;
+        let (_, [footer, ..]) = before.split_last_chunk::<FOOTER_LEN>()?;
+        let [command, number @ .., a, b, c, d] = *ping;
+        let is_ping = command == mark::COMMAND && number == [0, 2, 0, 4];
+        (is_ping && *footer == mark::FOOTER).then(|| u32::from_be_bytes([a, b, c, d]))
     }
 
     /// The stream has ended without a description that fits: cuts the state at the footers of

@@ -589,6 +589,13 @@ impl MainDecoder {
         self.payload == 0 && matches!(self.state, State::AfterEof | State::Colo)
     }
 
+    /// The value of a PING that waits for its answer behind QEMU's device state, which cannot be
+    /// told to be complete before the stream goes on ([`DeviceTail::ends_with_ping`]).
+    #[must_use]
+    pub fn waiting_ping(&self) -> Option<u32> {
+        if let State::Tail(tail) = &self.state { tail.ends_with_ping() } else { None }
+    }
+
     /// The channel was closed by the peer, and `rest` was not consumed. Returns the device state
     /// of a QEMU that sent no description, if there is one.
     ///

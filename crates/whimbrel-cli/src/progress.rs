@@ -1,0 +1,117 @@
+//! How long work goes: a line that is redrawn on a terminal, plain lines elsewhere.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use whimbrel::MigrationInfo;
+
+/// Between two looks on a terminal.
+const REDRAW: Duration = Duration::from_millis(100);
+/// Between two plain lines.
+const PLAIN: Duration = Duration::from_secs(1);
+
+/// Shows progress on the standard error until dropped.
+#[derive(Debug)]
+pub(crate) struct Line {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Line {
+    /// Shows what `now` says again and again; nothing while it says nothing.
+    pub(crate) fn start(now: impl Fn() -> Option<String> + Send + 'static) -> io::Result<Line> {
+        let (end, ended) = mpsc::channel();
+        let thread = thread::Builder::new().name("progress".into()).spawn(move || {
+            let mut shown = Shown::new();
+            let period = if shown.terminal { REDRAW } else { PLAIN };
+            while ended.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
+                if let Some(text) = now() {
+                    shown.show(&text);
+                }
+            }
+            shown.clear();
+        })?;
+        Ok(Line { end: Some(end), thread: Some(thread) })
+    }
+}
+
+impl Drop for Line {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            // A progress line that could not be drawn is no reason to fail.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What stands on the standard error now.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    terminal: bool,
+    drawn: bool,
+    last: String,
+}
+
+impl Shown {
+    pub(crate) fn new() -> Shown {
+        Shown { terminal: io::stderr().is_terminal(), drawn: false, last: String::new() }
+    }
+
+    /// Whether lines are redrawn in place.
+    pub(crate) fn is_terminal(&self) -> bool {
+        self.terminal
+    }
+
+    /// Shows `text`, in place of what was shown before where that is possible.
+    pub(crate) fn show(&mut self, text: &str) {
+        let mut out = io::stderr().lock();
+        // A standard error that is gone is no reason to fail.
+        if self.terminal {
+            let _ = write!(out, "\r\x1b[2K{text}");
+            let _ = out.flush();
+            self.drawn = true;
+        } else if self.last != text {
+            let _ = writeln!(out, "{text}");
+            self.last = text.into();
+        }
+    }
+
+    /// Removes what is redrawn in place.
+    pub(crate) fn clear(&mut self) {
+        if self.drawn {
+            let _ = write!(io::stderr().lock(), "\r\x1b[2K");
+            self.drawn = false;
+        }
+    }
+}
+
+/// A source's report as one line: bytes, rate, dirty rate, remaining, expected downtime.
+pub(crate) fn describe(info: &MigrationInfo) -> Option<String> {
+    let status = info.status?;
+    let Some(ram) = &info.ram else { return Some(status.to_string()) };
+    let mut text = format!(
+        "{status}: sent {}, {:.0} MB/s, dirtied {:.1} MB/s, remaining {}",
+        mib(ram.transferred),
+        ram.mbps / 8.0,
+        (ram.dirty_pages_rate * ram.page_size) as f64 / 1e6,
+        mib(ram.remaining),
+    );
+    if let Some(expected) = info.expected_downtime {
+        text += &format!(", expected downtime {expected} ms");
+    }
+    if let Some(percent) = info.cpu_throttle_percentage {
+        text += &format!(", guest slowed by {percent} %");
+    }
+    Some(text)
+}
+
+/// Bytes for people.
+pub(crate) fn mib(bytes: u64) -> String {
+    match bytes {
+        0..0x0010_0000 => format!("{} KiB", bytes >> 10),
+        _ => format!("{} MiB", bytes >> 20),
+    }
+}

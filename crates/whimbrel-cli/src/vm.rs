@@ -1,0 +1,98 @@
+//! `whimbrel vm`: the reference VM, controlled through QMP.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+
+use clap::Args;
+use whimbrel::{Address, Event, MigrationStatus, Migrator, Start};
+use whimbrel_control::{Endpoint, Server};
+use whimbrel_vm::{ReferenceVm, SerialOutput};
+
+use crate::failure::Failure;
+use crate::monitor::Monitor;
+use crate::signals::OnSignal;
+use crate::vm_options::VmOptions;
+
+/// Run the reference VM.
+#[derive(Debug, Args)]
+pub(crate) struct RunVm {
+    #[command(flatten)]
+    vm: VmOptions,
+    /// Where to serve QMP: unix:PATH or tcp:HOST:PORT
+    #[arg(long, value_name = "SOCKET")]
+    qmp: Option<Endpoint>,
+    /// Wait for a migration at this address, or, with 'defer', until QMP's migrate-incoming
+    /// names one
+    #[arg(long, value_name = "URI")]
+    incoming: Option<String>,
+    /// Leave the guest stopped until QMP's cont
+    #[arg(long, short = 'S')]
+    paused: bool,
+    /// Where the guest's serial port goes: none, stdout, stderr or file:PATH
+    #[arg(long, default_value = "stdout", value_name = "OUTPUT")]
+    serial: SerialOutput,
+}
+
+/// Why the VM ends.
+#[derive(Debug)]
+pub(crate) enum End {
+    /// On request.
+    Quit,
+    /// What it waited for will not come.
+    Failed(String),
+}
+
+impl RunVm {
+    pub(crate) fn run(self) -> Result<(), Failure> {
+        let incoming = self.incoming.is_some();
+        let address: Option<Address> = match self.incoming.as_deref() {
+            None | Some("defer") => None,
+            Some(uri) => Some(uri.parse()?),
+        };
+        if incoming && address.is_none() && self.qmp.is_none() {
+            return Err(Failure::new("'--incoming defer' waits for a QMP command: add '--qmp'"));
+        }
+        let vm = ReferenceVm::new(self.vm.config(incoming, self.serial.clone()))?;
+        let start = match incoming {
+            true => Start::Incoming { autostart: !self.paused },
+            false => Start::Paused,
+        };
+        let migrator = Arc::new(Migrator::new(vm.clone(), start));
+        let (end, ended) = mpsc::channel();
+        let _told = end_on_failed_incoming(&migrator, end.clone());
+        let _signals = {
+            let end = end.clone();
+            // A receiver that is gone means that the end has begun.
+            OnSignal::call(move || drop(end.send(End::Quit)))?
+        };
+        let monitor = Arc::new(Monitor::new(migrator.clone(), vm, end));
+        if let Some(address) = &address {
+            monitor.wait_for(address, true)?;
+        }
+        let server = self.qmp.clone().map(|at| Server::bind(at, monitor)).transpose()?;
+        if !incoming && !self.paused {
+            migrator.cont()?;
+        }
+        let end = ended.recv().unwrap_or(End::Quit);
+        drop(server);
+        migrator.cancel();
+        migrator.wait();
+        match end {
+            End::Quit => Ok(()),
+            End::Failed(why) => Err(Failure::new(why)),
+        }
+    }
+}
+
+fn end_on_failed_incoming(migrator: &Arc<Migrator>, end: Sender<End>) -> whimbrel::Subscription {
+    let weak = Arc::downgrade(migrator);
+    migrator.subscribe(move |event| {
+        let Event::Migration(MigrationStatus::Failed) = event else { return };
+        let Some(migrator) = weak.upgrade() else { return };
+        if migrator.exits_on_error() {
+            let why = migrator.info().error_desc.unwrap_or_else(|| "the migration failed".into());
+            // A receiver that is gone means that the end has begun.
+            let _ = end.send(End::Failed(format!("incoming migration: {why}")));
+        }
+    })
+}

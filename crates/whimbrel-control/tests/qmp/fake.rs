@@ -1,0 +1,220 @@
+//! A backend without a VM: it remembers what it is told, and says and sends what a test wants.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use whimbrel::{
+    Address, Capabilities, Capability, Event, MigrationInfo, MigrationStats, MigrationStatus,
+    Parameters, RunState,
+};
+use whimbrel_control::{
+    Backend, Endpoint, EventListener, ParameterChange, QmpError, Server, ServerOptions,
+    Subscription,
+};
+
+#[derive(Default)]
+pub(crate) struct Fake {
+    pub(crate) settings: Mutex<Settings>,
+    listeners: Arc<Mutex<Vec<(usize, EventListener)>>>,
+    subscribed: AtomicUsize,
+    pub(crate) quit: AtomicBool,
+    /// How long `stop` takes.
+    pub(crate) stop_takes: Mutex<Duration>,
+}
+
+pub(crate) struct Settings {
+    pub(crate) run_state: RunState,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) parameters: Parameters,
+    pub(crate) info: MigrationInfo,
+    pub(crate) calls: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Settings {
+        Settings {
+            run_state: RunState::Running,
+            capabilities: Capabilities::default(),
+            parameters: Parameters::default(),
+            info: MigrationInfo::default(),
+            calls: Vec::new(),
+        }
+    }
+}
+
+impl Fake {
+    pub(crate) fn emit(&self, event: &Event) {
+        for (_, listener) in self.listeners.lock().unwrap().iter() {
+            listener(event);
+        }
+    }
+
+    pub(crate) fn listeners(&self) -> usize {
+        self.listeners.lock().unwrap().len()
+    }
+
+    pub(crate) fn enable(&self, capability: Capability) {
+        self.settings.lock().unwrap().capabilities.set(capability, true);
+    }
+
+    pub(crate) fn calls(&self) -> Vec<String> {
+        self.settings.lock().unwrap().calls.clone()
+    }
+
+    fn call(&self, call: String) -> Result<(), QmpError> {
+        self.settings.lock().unwrap().calls.push(call);
+        Ok(())
+    }
+}
+
+impl Backend for Fake {
+    fn name(&self) -> Option<String> {
+        Some("fake".into())
+    }
+
+    fn run_state(&self) -> RunState {
+        self.settings.lock().unwrap().run_state
+    }
+
+    fn stop(&self) -> Result<(), QmpError> {
+        let takes = *self.stop_takes.lock().unwrap();
+        std::thread::sleep(takes);
+        self.settings.lock().unwrap().run_state = RunState::Paused;
+        self.emit(&Event::Stop);
+        Ok(())
+    }
+
+    fn cont(&self) -> Result<(), QmpError> {
+        self.settings.lock().unwrap().run_state = RunState::Running;
+        self.emit(&Event::Resume);
+        Ok(())
+    }
+
+    fn quit(&self) {
+        self.quit.store(true, Ordering::Release);
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.settings.lock().unwrap().capabilities
+    }
+
+    fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), QmpError> {
+        let mut settings = self.settings.lock().unwrap();
+        let mut capabilities = settings.capabilities;
+        for (capability, on) in changes {
+            capabilities.set(*capability, *on);
+        }
+        settings.capabilities = capabilities;
+        Ok(())
+    }
+
+    fn parameters(&self) -> Parameters {
+        self.settings.lock().unwrap().parameters.clone()
+    }
+
+    fn update_parameters(&self, change: ParameterChange<'_>) -> Result<(), QmpError> {
+        change(&mut self.settings.lock().unwrap().parameters)
+    }
+
+    fn migrate(&self, destination: Address) -> Result<(), QmpError> {
+        let total = 1 << 30;
+        self.settings.lock().unwrap().info = MigrationInfo {
+            status: Some(MigrationStatus::Active),
+            ram: Some(MigrationStats { total, remaining: total, ..MigrationStats::default() }),
+            ..MigrationInfo::default()
+        };
+        self.call(format!("migrate {destination}"))
+    }
+
+    fn migrate_incoming(&self, source: Address, exit_on_error: bool) -> Result<(), QmpError> {
+        self.call(format!("migrate-incoming {source} {exit_on_error}"))
+    }
+
+    fn migrate_cancel(&self) -> Result<(), QmpError> {
+        self.call("migrate_cancel".into())
+    }
+
+    fn migrate_continue(&self, state: MigrationStatus) -> Result<(), QmpError> {
+        self.call(format!("migrate-continue {state}"))
+    }
+
+    fn migration_info(&self) -> MigrationInfo {
+        self.settings.lock().unwrap().info.clone()
+    }
+
+    fn subscribe(&self, listener: EventListener) -> Subscription {
+        let number = self.subscribed.fetch_add(1, Ordering::Relaxed);
+        self.listeners.lock().unwrap().push((number, listener));
+        let listeners = Arc::clone(&self.listeners);
+        Subscription::new(move || listeners.lock().unwrap().retain(|(other, _)| *other != number))
+    }
+
+    fn extra_commands(&self) -> Vec<String> {
+        vec!["x-whimbrel-checksum".into()]
+    }
+
+    fn extra(
+        &self,
+        command: &str,
+        arguments: &Map<String, Value>,
+    ) -> Option<Result<Value, QmpError>> {
+        (command == "x-whimbrel-checksum").then(|| Ok(json!({ "over": arguments })))
+    }
+}
+
+/// A fake, its server on a Unix socket, and what the server reported.
+pub(crate) struct Served {
+    pub(crate) fake: Arc<Fake>,
+    pub(crate) endpoint: Endpoint,
+    pub(crate) reports: Arc<Mutex<Vec<String>>>,
+    _server: Server,
+    dir: tempfile::TempDir,
+}
+
+impl Served {
+    pub(crate) fn new() -> Served {
+        Served::with(ServerOptions::default())
+    }
+
+    pub(crate) fn with(mut options: ServerOptions) -> Served {
+        let dir = tempfile::tempdir().unwrap();
+        let fake = Arc::new(Fake::default());
+        let reports = Arc::new(Mutex::new(Vec::new()));
+        options.report = Arc::new({
+            let reports = Arc::clone(&reports);
+            move |line: &str| reports.lock().unwrap().push(line.to_owned())
+        });
+        let endpoint = Endpoint::Unix(dir.path().join("qmp"));
+        let backend: Arc<dyn Backend> = Arc::clone(&fake) as Arc<dyn Backend>;
+        let server = Server::bind_with(endpoint.clone(), backend, options).unwrap();
+        Served { fake, endpoint, reports, _server: server, dir }
+    }
+
+    pub(crate) fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("qmp")
+    }
+
+    /// Waits until the server has reported something with `part` in it.
+    pub(crate) fn wait_report(&self, part: &str) -> String {
+        for _ in 0..500 {
+            if let Some(line) = self.reports.lock().unwrap().iter().find(|l| l.contains(part)) {
+                return line.clone();
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("no report with '{part}' in {:?}", self.reports.lock().unwrap());
+    }
+}
+
+/// The names of this process's threads that begin with `prefix`.
+pub(crate) fn threads(prefix: &str) -> Vec<String> {
+    let names = std::fs::read_dir(Path::new("/proc/self/task")).unwrap().flatten();
+    names
+        .filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok())
+        .map(|name| name.trim_end().to_owned())
+        .filter(|name| name.starts_with(prefix))
+        .collect()
+}

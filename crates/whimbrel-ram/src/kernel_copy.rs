@@ -1,0 +1,196 @@
+//! Guest memory to and from file descriptors, by the kernel's own copies.
+//!
+//! One call moves many pages together with the bytes between them (record words, headers), so
+//! that the cost of a system call is shared by hundreds of pages and no page is copied twice.
+#![expect(unsafe_code, reason = "hands addresses of guest memory to the kernel")]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use crate::{BlockError, RamBlock};
+
+/// The most pieces the kernel takes in one call (`IOV_MAX`).
+pub const PIECES_MAX: usize = 1024;
+
+/// A list of pieces of guest memory and of our own buffers, for one call after another until all
+/// of it has moved. Borrowing what it names keeps that alive: `'a`.
+#[derive(Debug, Default)]
+pub struct Pieces<'a> {
+    pieces: Vec<libc::iovec>,
+    done: usize,
+    bytes_left: usize,
+    borrowed: std::marker::PhantomData<&'a [u8]>,
+}
+
+// SAFETY: the addresses are of memory borrowed for `'a` (plain bytes or guest memory), which any
+// thread may read.
+unsafe impl Send for Pieces<'_> {}
+
+impl<'a> Pieces<'a> {
+    /// An empty list.
+    pub fn new() -> Pieces<'a> {
+        Pieces::default()
+    }
+
+    /// Appends bytes of ours.
+    pub fn push_bytes(&mut self, bytes: &'a [u8]) {
+        self.push(bytes.as_ptr().cast_mut(), bytes.len());
+    }
+
+    /// Appends `len` bytes of a block from `offset` on.
+    pub fn push_guest(
+        &mut self,
+        block: &'a RamBlock,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), BlockError> {
+        let address = block.range(offset, len)?;
+        self.push(address.as_ptr(), len);
+        Ok(())
+    }
+
+    fn push(&mut self, address: *mut u8, len: usize) {
+        if len == 0 {
+            return;
+        }
+        self.bytes_left += len;
+        if let Some(last) = self.pieces[self.done..].last_mut()
+            && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == address
+        {
+            last.iov_len += len;
+            return;
+        }
+        self.pieces.push(libc::iovec { iov_base: address.cast(), iov_len: len });
+    }
+
+    /// How many bytes have not moved yet.
+    pub fn bytes_left(&self) -> usize {
+        self.bytes_left
+    }
+
+    /// How many separate pieces have not moved yet.
+    pub fn pieces_left(&self) -> usize {
+        self.pieces.len() - self.done
+    }
+
+    /// Forgets `bytes` that have moved.
+    fn advance(&mut self, mut bytes: usize) {
+        self.bytes_left -= bytes;
+        while bytes > 0 {
+            let piece = &mut self.pieces[self.done];
+            if bytes < piece.iov_len {
+                piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(bytes).cast();
+                piece.iov_len -= bytes;
+                return;
+            }
+            bytes -= piece.iov_len;
+            self.done += 1;
+        }
+    }
+
+    fn next_call(&self) -> &[libc::iovec] {
+        let rest = &self.pieces[self.done..];
+        &rest[..rest.len().min(PIECES_MAX)]
+    }
+}
+
+/// Pieces to be read out of memory.
+#[derive(Debug, Default)]
+pub struct Gather<'a>(Pieces<'a>);
+
+impl<'a> std::ops::Deref for Gather<'a> {
+    type Target = Pieces<'a>;
+    fn deref(&self) -> &Pieces<'a> {
+        &self.0
+    }
+}
+
+impl<'a> std::ops::DerefMut for Gather<'a> {
+    fn deref_mut(&mut self) -> &mut Pieces<'a> {
+        &mut self.0
+    }
+}
+
+impl Gather<'_> {
+    /// An empty list.
+    pub fn new() -> Self {
+        Gather::default()
+    }
+
+    /// One `sendmsg` of as much as it takes; gives the bytes that went. Never raises SIGPIPE.
+    pub fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let pieces = self.0.next_call();
+        // SAFETY: all zero bytes are a valid msghdr: null pointers with zero lengths.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = pieces.as_ptr().cast_mut();
+        message.msg_iovlen = pieces.len();
+        // SAFETY: the message names `pieces`, whose memory is borrowed for as long as `self`; the
+        // kernel only reads it.
+        let sent =
+            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        self.moved(sent)
+    }
+
+    /// One `writev`, for what is no socket.
+    pub fn write(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
+        let pieces = self.0.next_call();
+        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        // SAFETY: as in `send`.
+        let written = unsafe { libc::writev(file.as_raw_fd(), pieces.as_ptr(), count) };
+        self.moved(written)
+    }
+
+    fn moved(&mut self, result: isize) -> io::Result<usize> {
+        let moved = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.0.advance(moved);
+        Ok(moved)
+    }
+}
+
+/// Pieces to be filled.
+#[derive(Debug, Default)]
+pub struct Scatter<'a>(Pieces<'a>);
+
+impl<'a> Scatter<'a> {
+    /// An empty list.
+    pub fn new() -> Scatter<'a> {
+        Scatter::default()
+    }
+
+    /// Appends a buffer of ours.
+    pub fn push_buffer(&mut self, buffer: &'a mut [u8]) {
+        self.0.push(buffer.as_mut_ptr(), buffer.len());
+    }
+
+    /// Appends `len` bytes of a block from `offset` on.
+    pub fn push_guest(
+        &mut self,
+        block: &'a RamBlock,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), BlockError> {
+        self.0.push_guest(block, offset, len)
+    }
+
+    /// How many bytes are still to be filled.
+    pub fn bytes_left(&self) -> usize {
+        self.0.bytes_left()
+    }
+
+    /// How many separate pieces are still to be filled.
+    pub fn pieces_left(&self) -> usize {
+        self.0.pieces_left()
+    }
+
+    /// One `readv`; gives the bytes that came, 0 at the end of the stream.
+    pub fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let pieces = self.0.next_call();
+        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        // SAFETY: every piece is a buffer borrowed mutably, or guest memory inside its block, for
+        // as long as `self`; the kernel writes nowhere else.
+        let got = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), count) };
+        let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+        self.0.advance(got);
+        Ok(got)
+    }
+}

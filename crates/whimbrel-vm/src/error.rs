@@ -1,0 +1,115 @@
+//! Why a reference VM could not be made.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use whimbrel_ram::{BlockError, PageSize};
+
+/// Why a reference VM could not be made. Each is one line that says what to do.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A number of vCPUs outside 1 to 8.
+    #[error("{0} vCPUs asked for: the reference VM has 1 to {max}", max = crate::layout::VCPUS_MAX)]
+    Vcpus(u32),
+    /// The memory's size is none that can be built.
+    #[error("memory of {bytes} bytes: {problem}")]
+    Memory {
+        /// As asked for.
+        bytes: u64,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The host has less memory than was asked for.
+    #[error(
+        "too little memory: {asked} asked for, {available} available; ask for less (--memory) or \
+         free some"
+    )]
+    TooLittleMemory {
+        /// As asked for.
+        asked: Size,
+        /// `MemAvailable` of the host.
+        available: Size,
+    },
+    /// The host has fewer free huge pages than the memory needs.
+    #[error(
+        "too few huge pages: {asked} asked for, {available} free in pages of {page}; reserve more \
+         (write the number to {knob}) or take 4k pages"
+    )]
+    TooFewHugePages {
+        /// As asked for.
+        asked: Size,
+        /// Free on the host.
+        available: Size,
+        /// Their size.
+        page: PageSize,
+        /// The file that reserves them.
+        knob: PathBuf,
+    },
+    /// The working set does not fit.
+    #[error(
+        "the workload's working set of {asked} does not fit into a memory of {memory}: {room} at \
+         most"
+    )]
+    WorkingSet {
+        /// As asked for.
+        asked: Size,
+        /// The VM's.
+        memory: Size,
+        /// What is left for a working set.
+        room: Size,
+    },
+    /// The kernel refused the memory.
+    #[error(transparent)]
+    Block(#[from] BlockError),
+    /// `/dev/kvm` cannot be used.
+    #[error("/dev/kvm cannot be used: {problem}; {remedy}")]
+    Kvm {
+        /// What failed.
+        problem: String,
+        /// What the user can do.
+        remedy: &'static str,
+    },
+    /// The dirty log asked for cannot be had.
+    #[error("dirty log {log}: {problem}")]
+    DirtyLog {
+        /// Which one, by its name in [`DirtyKind`](crate::DirtyKind).
+        log: &'static str,
+        /// What is missing and what to do.
+        problem: String,
+    },
+    /// The serial port's output cannot be opened.
+    #[error("serial port output {path}: {source}", path = path.display())]
+    Serial {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel refused a thread.
+    #[error("cannot start thread {name}: {source}")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// A number of bytes, shown with the largest unit that divides it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(u32, char); 4] = [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')];
+        for (shift, unit) in UNITS {
+            if self.0 != 0 && self.0.trailing_zeros() >= shift {
+                return write!(f, "{}{unit}", self.0 >> shift);
+            }
+        }
+        // Not a round number: the nearest MiB below says more than nine digits.
+        if self.0 >= 1 << 20 { write!(f, "{}M", self.0 >> 20) } else { write!(f, "{}", self.0) }
+    }
+}

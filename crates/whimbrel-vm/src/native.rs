@@ -1,0 +1,255 @@
+//! Native vCPUs: threads of this process that do to guest memory what the KVM guest's code does.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use whimbrel::{DeviceState, VmError};
+use whimbrel_ram::GuestRam;
+
+use crate::build::first_choice;
+use crate::check::{constants, ram_word};
+use crate::config::Accel;
+use crate::dirty::Marks;
+use crate::error::Error;
+use crate::gate::Gate;
+use crate::layout::{Layout, PICKS, RAM, cpu_page};
+use crate::machine::{Machine, VCPU};
+use crate::pace::{Gap, Pace};
+use crate::pattern::{Constants, Mismatch, MismatchKind, Page};
+use crate::serial::SerialPort;
+use crate::state::{Fields, Tag, Writer};
+use crate::workload::WorkloadKind;
+
+const CHOICE: Tag = Tag(1, "choice");
+const CURSOR: Tag = Tag(2, "cursor");
+const UPDATES: Tag = Tag(3, "updates");
+const GAP: Tag = Tag(4, "gap");
+const LAST: Tag = Tag(5, "last-update");
+const STARTED: Tag = Tag(6, "started");
+
+/// What a native vCPU knows beside memory: its registers, so to speak.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Registers {
+    /// The last value of the sequence that chooses pages.
+    choice: u64,
+    /// The index of the next page of a sequential workload.
+    cursor: u64,
+    /// Updates so far, as in its page.
+    updates: u64,
+    /// Whether it has said so on the serial port.
+    started: bool,
+}
+
+#[derive(Debug)]
+struct Cpu {
+    id: u32,
+    layout: Arc<Layout>,
+    registers: Registers,
+}
+
+/// Native vCPUs.
+pub(crate) struct NativeMachine {
+    ram: GuestRam,
+    marks: Marks,
+    serial: Arc<SerialPort>,
+    gaps: Arc<[Gap]>,
+    cpus: Vec<Mutex<Cpu>>,
+}
+
+impl NativeMachine {
+    pub(crate) fn new(
+        ram: &GuestRam,
+        layout: &Arc<Layout>,
+        marks: Marks,
+        serial: &Arc<SerialPort>,
+        gaps: &Arc<[Gap]>,
+    ) -> NativeMachine {
+        let cpu = |id| {
+            let choice = first_choice(layout, id);
+            let registers = Registers { choice, cursor: 0, updates: 0, started: false };
+            Mutex::new(Cpu { id, layout: Arc::clone(layout), registers })
+        };
+        NativeMachine {
+            ram: ram.clone(),
+            marks,
+            serial: Arc::clone(serial),
+            gaps: Arc::clone(gaps),
+            cpus: (0..layout.vcpus).map(cpu).collect(),
+        }
+    }
+
+    fn cpu(&self, id: u32) -> MutexGuard<'_, Cpu> {
+        self.cpus[id as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A store of the guest's: seen by the dirty log whichever it is.
+    fn store(&self, offset: u64, value: u64) {
+        self.ram.block(RAM).store_u64(offset, value).expect("inside the memory, as laid out");
+        self.marks.written(RAM, offset);
+    }
+
+    fn load(&self, offset: u64) -> u64 {
+        ram_word(self.ram.block(RAM), offset)
+    }
+
+    /// One update of one page, checked before: what the loop in the KVM guest's code does.
+    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page) {
+        let layout = Arc::clone(&cpu.layout);
+        let own = layout.cpu_page(cpu.id);
+        let index = self.choose(cpu, constants);
+        let number = layout.page(cpu.id, index);
+        let offset = layout.page_offset(number);
+        let counted_at = layout.count_offset(cpu.id, index);
+        let seed = layout.workload.seed;
+
+        let (expected, found) = (cpu.registers.updates, self.load(own + cpu_page::UPDATES));
+        if expected != found {
+            let kind = MismatchKind::Updates;
+            self.report(cpu, number, Mismatch { kind, expected, found });
+        }
+        let count = self.load(counted_at);
+        let block = self.ram.block(RAM);
+        block.read(offset, &mut page.0).expect("inside the memory, as laid out");
+        if let Err(mismatch) = page.check(seed, number, count) {
+            self.report(cpu, number, mismatch);
+        }
+        self.store(own + cpu_page::CHECKED, self.load(own + cpu_page::CHECKED).wrapping_add(1));
+
+        let count = count.wrapping_add(1);
+        page.write(constants, seed, number, count);
+        block.write(offset, &page.0).expect("inside the memory, as laid out");
+        self.marks.written(RAM, offset);
+        self.store(counted_at, count);
+        cpu.registers.updates = expected.wrapping_add(1);
+        self.store(own + cpu_page::UPDATES, cpu.registers.updates);
+    }
+
+    /// The index of the next page among the vCPU's own.
+    fn choose(&self, cpu: &mut Cpu, constants: Constants) -> u64 {
+        let (id, layout, registers) = (cpu.id, &cpu.layout, &mut cpu.registers);
+        let owned = layout.owned(id);
+        if layout.workload.kind == WorkloadKind::Sequential {
+            let index = registers.cursor;
+            registers.cursor = if index + 1 < owned { index + 1 } else { 0 };
+            return index;
+        }
+        registers.choice = constants.next(registers.choice);
+        let high = registers.choice >> 32;
+        // `high` is evenly spread over 32 bits: its share of `of` is evenly spread below `of`.
+        let share = |of: u64| (high * of) >> 32;
+        match layout.workload.kind {
+            WorkloadKind::Zipf => {
+                let entry = layout.picks + (high & (PICKS - 1)) * 4;
+                let word = self.load(entry & !7);
+                let pick = if entry & 4 == 0 { word & 0xffff_ffff } else { word >> 32 };
+                // Only a table that was corrupted names a page that is not there.
+                pick.min(owned - 1)
+            }
+            WorkloadKind::HotCold => {
+                let hot = layout.hot(id);
+                let nine_of_ten = (registers.choice >> 24) & 0xff < 230;
+                if nine_of_ten || hot == owned { share(hot) } else { hot + share(owned - hot) }
+            }
+            WorkloadKind::Uniform | WorkloadKind::Sequential | WorkloadKind::Idle => share(owned),
+        }
+    }
+
+    /// Counts an error, and keeps and prints the first.
+    fn report(&self, cpu: &Cpu, page: u64, mismatch: Mismatch) {
+        let own = cpu.layout.cpu_page(cpu.id);
+        let errors = self.load(own + cpu_page::ERRORS);
+        if errors == 0 {
+            self.store(own + cpu_page::ERROR_KIND, mismatch.kind.code());
+            self.store(own + cpu_page::ERROR_PAGE, page);
+            self.store(own + cpu_page::ERROR_EXPECTED, mismatch.expected);
+            self.store(own + cpu_page::ERROR_FOUND, mismatch.found);
+            let kind = mismatch.kind.code();
+            self.serial.print(&format!(
+                "whimbrel guest: self-check failed on vcpu {}, page {page:016x}, kind {kind:x}",
+                cpu.id
+            ));
+        }
+        self.store(own + cpu_page::ERRORS, errors.wrapping_add(1));
+    }
+}
+
+impl Machine for NativeMachine {
+    fn accel(&self) -> Accel {
+        Accel::Native
+    }
+
+    fn install(&self, _: &Layout) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn run(&self, id: u32, gate: &Gate) -> Result<(), VmError> {
+        let mut cpu = self.cpu(id);
+        if id == 0 && !cpu.registers.started {
+            self.serial.print("whimbrel guest: running");
+        }
+        cpu.registers.started = true;
+        let Layout { workload, .. } = *cpu.layout;
+        if workload.kind == WorkloadKind::Idle {
+            gate.sleep(None);
+            return Ok(());
+        }
+        let constants = constants(&self.ram);
+        let mut pace = Pace::start();
+        let mut page = Page::zeroed();
+        while !gate.recalled() {
+            self.update(&mut cpu, constants, &mut page);
+            pace.updated(&self.gaps[id as usize], workload.rate, gate);
+        }
+        Ok(())
+    }
+
+    fn kick(&self) -> Option<libc::c_int> {
+        None
+    }
+
+    fn devices(&self) -> Vec<(&'static str, u32)> {
+        (0..).zip(&self.cpus).map(|(id, _)| (VCPU, id)).collect()
+    }
+
+    fn save(&self) -> Result<Vec<DeviceState>, VmError> {
+        let save = |(id, gap): (u32, &Gap)| {
+            let Registers { choice, cursor, updates, started } = self.cpu(id).registers.clone();
+            let (longest, last) = gap.get();
+            let mut writer = Writer::new();
+            writer.u64(CHOICE, choice);
+            writer.u64(CURSOR, cursor);
+            writer.u64(UPDATES, updates);
+            writer.u64(GAP, longest);
+            writer.u64(LAST, last);
+            writer.u64(STARTED, u64::from(started));
+            writer.device(VCPU, id)
+        };
+        Ok((0..).zip(self.gaps.iter()).map(save).collect())
+    }
+
+    fn load(&self, layout: &Arc<Layout>, devices: &[DeviceState]) -> Result<(), VmError> {
+        let known = [CHOICE, CURSOR, UPDATES, GAP, LAST, STARTED];
+        let read = |(id, device): (u32, &DeviceState)| {
+            let fields = Fields::read(device, &known)?;
+            let cursor = fields.u64(CURSOR)?;
+            if cursor >= layout.owned(id) {
+                let owned = layout.owned(id);
+                return Err(fields.error(&format!("cursor {cursor} is not below {owned}")));
+            }
+            let registers = Registers {
+                choice: fields.u64(CHOICE)?,
+                cursor,
+                updates: fields.u64(UPDATES)?,
+                started: fields.u64(STARTED)? != 0,
+            };
+            Ok((registers, (fields.u64(GAP)?, fields.u64(LAST)?)))
+        };
+        let states = (0..).zip(devices).map(read).collect::<Result<Vec<_>, VmError>>()?;
+        for (id, (registers, gap)) in (0..).zip(states) {
+            let mut cpu = self.cpu(id);
+            cpu.registers = registers;
+            cpu.layout = Arc::clone(layout);
+            self.gaps[id as usize].set(gap);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,86 @@
+//! Opening the way out, at the source.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+use rustix::event::PollFlags;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::{Channel, Kind, exec, fd, file, hint};
+use crate::address::Address;
+use crate::error::Error;
+use crate::worker::{Cancel, Woken};
+
+/// Connects to (or creates) what `address` names, for writing.
+pub(crate) fn connect(address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
+    let (fd, kind) = match address {
+        Address::Tcp { host, port } => tcp(host, *port, cancel).map(|fd| (fd, Kind::Socket)),
+        Address::Unix(path) => unix(path).map(|fd| (fd, Kind::Socket)),
+        Address::Fd(number) => fd::take(*number),
+        Address::Exec(words) => exec::Command::reader(address, words, cancel)
+            .map(|(fd, command)| (fd, Kind::Command(command))),
+        Address::File { path, offset } => {
+            file::Target::create(path, *offset).map(|(fd, target)| (fd, Kind::File(target)))
+        }
+    }
+    .map_err(|source| open_error(address, source, cancel))?;
+    Channel::new("main", fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
+}
+
+pub(super) fn open_error(address: &Address, source: io::Error, cancel: &Cancel) -> Error {
+    if cancel.is_set() {
+        return Error::Cancelled;
+    }
+    let hint = hint(&source);
+    Error::Open { address: address.clone(), source, hint }
+}
+
+fn tcp(host: &str, port: u16, cancel: &Cancel) -> io::Result<OwnedFd> {
+    let host = if host.is_empty() { "localhost" } else { host };
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match tcp_to(&address, cancel) {
+            Ok(fd) => return Ok(fd),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+fn tcp_to(address: &SocketAddr, cancel: &Cancel) -> io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = nonblocking_socket(family)?;
+    finish_connect(rustix::net::connect(&socket, address), &socket, cancel)?;
+    rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
+    Ok(socket)
+}
+
+fn unix(path: &Path) -> io::Result<OwnedFd> {
+    let socket = nonblocking_socket(AddressFamily::UNIX)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+fn nonblocking_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
+}
+
+fn finish_connect(
+    started: rustix::io::Result<()>,
+    socket: &OwnedFd,
+    cancel: &Cancel,
+) -> io::Result<()> {
+    match started {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::INPROGRESS) => {
+            match cancel.wait(socket.as_fd(), PollFlags::OUT, None)? {
+                Woken::Cancelled => Err(io::ErrorKind::Interrupted.into()),
+                Woken::Ready | Woken::TimedOut => Ok(rustix::net::sockopt::socket_error(socket)??),
+            }
+        }
+        Err(error) => Err(error.into()),
+    }
+}

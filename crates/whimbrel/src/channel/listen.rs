@@ -1,0 +1,142 @@
+//! Waiting for the way in, at the destination.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::event::PollFlags;
+
+use super::connect::open_error;
+use super::{Channel, Kind, exec, fd, file};
+use crate::address::Address;
+use crate::error::Error;
+use crate::status::SocketAddressInfo;
+use crate::worker::{Cancel, Woken};
+
+/// A bound address that the source has not come to yet.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    address: Address,
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(TcpListener),
+    Unix(UnixListener, SocketFile),
+    /// Nothing to wait for: opened when it is accepted.
+    Direct,
+}
+
+/// The name of a Unix socket in the file system; it goes when the listener goes.
+#[derive(Debug)]
+struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Listener {
+    /// Binds `address`, so that a source can connect from now on.
+    pub(crate) fn bind(address: &Address, cancel: &Cancel) -> Result<Listener, Error> {
+        let socket = match address {
+            Address::Tcp { host, port } => tcp(host, *port).map(Socket::Tcp),
+            Address::Unix(path) => unix(path),
+            Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Ok(Socket::Direct),
+        }
+        .map_err(|source| open_error(address, source, cancel))?;
+        Ok(Listener { address: address.clone(), socket })
+    }
+
+    /// Where it really listens, the port chosen included.
+    pub(crate) fn socket_address(&self) -> Option<SocketAddressInfo> {
+        match (&self.socket, &self.address) {
+            (Socket::Tcp(listener), _) => listener.local_addr().ok().map(|at| {
+                SocketAddressInfo::Inet { host: at.ip().to_string(), port: at.port().to_string() }
+            }),
+            (Socket::Unix(..), Address::Unix(path)) => {
+                Some(SocketAddressInfo::Unix { path: path.display().to_string() })
+            }
+            _ => None,
+        }
+    }
+
+    /// Waits for the source. The address is free again afterwards.
+    pub(crate) fn accept(self, cancel: &Cancel) -> Result<Channel, Error> {
+        let address = self.address;
+        let (fd, kind) = match self.socket {
+            Socket::Tcp(listener) => {
+                let wait = || listener.accept().map(|(stream, _)| stream);
+                accept(listener.as_fd(), cancel, wait).and_then(|stream| {
+                    stream.set_nodelay(true)?;
+                    Ok((OwnedFd::from(stream), Kind::Socket))
+                })
+            }
+            Socket::Unix(listener, _file) => {
+                let wait = || listener.accept().map(|(stream, _)| stream);
+                accept(listener.as_fd(), cancel, wait).map(|s| (OwnedFd::from(s), Kind::Socket))
+            }
+            Socket::Direct => open(&address, cancel),
+        }
+        .map_err(|source| open_error(&address, source, cancel))?;
+        Channel::new("main", fd, kind, cancel)
+            .map_err(|source| open_error(&address, source, cancel))
+    }
+}
+
+fn open(address: &Address, cancel: &Cancel) -> io::Result<(OwnedFd, Kind)> {
+    match address {
+        Address::Fd(number) => fd::take(*number),
+        Address::Exec(words) => exec::Command::writer(address, words, cancel)
+            .map(|(fd, command)| (fd, Kind::Command(command))),
+        Address::File { path, offset } => Ok((file::open(path, *offset)?, Kind::Pipe)),
+        Address::Tcp { .. } | Address::Unix(_) => unreachable!("these are bound"),
+    }
+}
+
+fn tcp(host: &str, port: u16) -> io::Result<TcpListener> {
+    let host = if host.is_empty() { "0.0.0.0" } else { host };
+    let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs()?.collect();
+    let listener = TcpListener::bind(&*addresses)?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+fn unix(path: &Path) -> io::Result<Socket> {
+    let left_behind = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
+        && UnixStream::connect(path).is_err();
+    if left_behind {
+        fs::remove_file(path)?; // Nobody answers: its owner died without removing it.
+    }
+    let listener = UnixListener::bind(path)?;
+    let file = SocketFile(path.into());
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    listener.set_nonblocking(true)?;
+    Ok(Socket::Unix(listener, file))
+}
+
+fn accept<T>(
+    listener: std::os::fd::BorrowedFd<'_>,
+    cancel: &Cancel,
+    mut try_accept: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    loop {
+        match try_accept() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if cancel.wait(listener, PollFlags::IN, None)? == Woken::Cancelled {
+                    return Err(io::ErrorKind::Interrupted.into());
+                }
+            }
+            // A source that went away between connecting and being accepted is none.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+            result => return result,
+        }
+    }
+}

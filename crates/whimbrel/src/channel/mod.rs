@@ -1,0 +1,196 @@
+//! The wire: one connection, file or command, with blocking reads and writes that a
+//! [`Cancel`] ends.
+//!
+//! Descriptors are non-blocking and every wait is a `poll` on the descriptor and the
+//! cancellation together, so that a stalled peer never holds a thread.
+
+mod connect;
+mod exec;
+mod fd;
+mod file;
+mod listen;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use whimbrel_ram::kernel_copy::{Gather, Scatter};
+
+use crate::error::Error;
+use crate::worker::{Cancel, Woken};
+
+pub(crate) use connect::connect;
+pub(crate) use file::partial_name;
+pub(crate) use listen::Listener;
+
+/// What a channel is made of, and what has to happen at its end.
+#[derive(Debug)]
+enum Kind {
+    Socket,
+    Pipe,
+    File(file::Target),
+    Command(exec::Command),
+}
+
+/// One channel of a migration. Dropped without [`finish`](Channel::finish), it leaves nothing
+/// half written behind.
+#[derive(Debug)]
+pub(crate) struct Channel {
+    name: &'static str,
+    fd: OwnedFd,
+    kind: Kind,
+    cancel: Cancel,
+    bytes_in: u64,
+    bytes_out: u64,
+}
+
+impl Channel {
+    fn new(name: &'static str, fd: OwnedFd, kind: Kind, cancel: &Cancel) -> io::Result<Channel> {
+        // Files are never waited for; O_NONBLOCK means nothing to them.
+        rustix::io::ioctl_fionbio(&fd, !matches!(kind, Kind::File(_)))
+            .or_else(|error| if matches!(kind, Kind::Pipe) { Ok(()) } else { Err(error) })?;
+        Ok(Channel { name, fd, kind, cancel: cancel.clone(), bytes_in: 0, bytes_out: 0 })
+    }
+
+    /// The channel's name, for errors.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// How many bytes have been written.
+    pub(crate) fn bytes_out(&self) -> u64 {
+        self.bytes_out
+    }
+
+    /// Whether the other side can answer on the same channel.
+    pub(crate) fn is_two_way(&self) -> bool {
+        matches!(self.kind, Kind::Socket)
+    }
+
+    /// Whether what is written is kept rather than taken by somebody who runs it.
+    pub(crate) fn is_kept(&self) -> bool {
+        matches!(self.kind, Kind::File(_))
+    }
+
+    /// Writes all of `pieces`.
+    pub(crate) fn send(&mut self, pieces: &mut Gather<'_>) -> Result<(), Error> {
+        while pieces.bytes_left() > 0 {
+            if self.cancel.is_set() {
+                return Err(Error::Cancelled);
+            }
+            let sent = match self.kind {
+                Kind::Socket => pieces.send(self.fd.as_fd()),
+                Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.fd.as_fd()),
+            };
+            match sent {
+                Ok(bytes) => self.bytes_out += bytes as u64,
+                Err(error) => self.wait_after(error, PollFlags::OUT, self.bytes_out)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bytes`.
+    pub(crate) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let mut pieces = Gather::new();
+        pieces.push_bytes(bytes);
+        self.send(&mut pieces)
+    }
+
+    /// Fills some of `pieces`, waiting for the first byte; 0 at the end of the stream.
+    pub(crate) fn receive(&mut self, pieces: &mut Scatter<'_>) -> Result<usize, Error> {
+        loop {
+            if self.cancel.is_set() {
+                return Err(Error::Cancelled);
+            }
+            match pieces.read(self.fd.as_fd()) {
+                Ok(bytes) => {
+                    self.bytes_in += bytes as u64;
+                    return Ok(bytes);
+                }
+                Err(error) => self.wait_after(error, PollFlags::IN, self.bytes_in)?,
+            }
+        }
+    }
+
+    /// Reads what is there already, or comes before `deadline`; `None` when nothing is.
+    pub(crate) fn receive_until(
+        &mut self,
+        buffer: &mut [u8],
+        deadline: Instant,
+    ) -> Result<Option<usize>, Error> {
+        let timeout = deadline.saturating_duration_since(Instant::now());
+        let woken = self
+            .cancel
+            .wait(self.fd.as_fd(), PollFlags::IN, Some(timeout))
+            .map_err(|source| self.error(source, self.bytes_in))?;
+        match woken {
+            Woken::Cancelled => Err(Error::Cancelled),
+            Woken::TimedOut => Ok(None),
+            Woken::Ready => {
+                let mut pieces = Scatter::new();
+                pieces.push_buffer(buffer);
+                self.receive(&mut pieces).map(Some)
+            }
+        }
+    }
+
+    fn wait_after(&self, error: io::Error, ready: PollFlags, offset: u64) -> Result<(), Error> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            io::ErrorKind::WouldBlock => match self.cancel.wait(self.fd.as_fd(), ready, None) {
+                Ok(Woken::Cancelled) => Err(Error::Cancelled),
+                Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+                Err(error) => Err(self.error(error, offset)),
+            },
+            _ => Err(self.error(error, offset)),
+        }
+    }
+
+    fn error(&self, source: io::Error, offset: u64) -> Error {
+        Error::Channel { channel: self.name, offset, source }
+    }
+
+    /// Sleeps, unless cancelled.
+    pub(crate) fn pause(&self, time: Duration) -> Result<(), Error> {
+        match self.cancel.sleep(time) {
+            Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+            Err(error) => Err(self.error(error, self.bytes_out)),
+        }
+    }
+
+    /// Everything was written or read: closes, keeps the file, waits for the command.
+    pub(crate) fn finish(self) -> Result<(), Error> {
+        let offset = self.bytes_out;
+        match self.kind {
+            Kind::Socket | Kind::Pipe => Ok(()),
+            Kind::File(target) => target.keep(&self.fd).map_err(|source| Error::Channel {
+                channel: self.name,
+                offset,
+                source,
+            }),
+            Kind::Command(command) => {
+                drop(self.fd); // The command sees the end of its input.
+                command.finish(&self.cancel)
+            }
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused => ": nobody listens there; start the destination first",
+        io::ErrorKind::AddrInUse => ": the address is in use; choose another, or end who has it",
+        io::ErrorKind::NotFound => ": no such file or socket; check the path",
+        io::ErrorKind::PermissionDenied => ": check its owner and mode",
+        _ => "",
+    }
+}

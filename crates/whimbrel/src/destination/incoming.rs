@@ -1,0 +1,275 @@
+//! One stream from its header to its end: what is said is checked, what is sent is placed.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use whimbrel_ram::{BlockIndex, GuestRam, TARGET_PAGE, TargetPage};
+use whimbrel_wire::{
+    BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
+    MainOptions, RamRecord, ReturnMessage, xbzrle,
+};
+
+use super::input::Input;
+use crate::channel::Channel;
+use crate::error::Error;
+
+/// Who takes the stream in: a VM that runs it or a file that keeps it.
+pub(crate) trait Host {
+    /// The machine that comes, before anything of it does.
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), Error>;
+
+    /// RAM for the blocks that come, in whatever order.
+    fn ram(&mut self, announced: &BlockList) -> Result<GuestRam, Error>;
+
+    /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
+    /// gives the right to run the guest. Called once.
+    fn load(&mut self, devices: Devices) -> Result<(), Error>;
+}
+
+/// The devices of a stream, as they came.
+#[derive(Debug)]
+pub(crate) enum Devices {
+    /// Of whimbrel's own machines: each section as sent.
+    Own(Vec<DeviceSection>),
+    /// Of a QEMU: sections before RAM, and all others with their description.
+    Qemu { early: Vec<DeviceSection>, state: Box<DeviceState> },
+}
+
+/// A stream that is coming in.
+#[derive(Debug)]
+pub(crate) struct Incoming {
+    input: Input,
+    ram: Option<GuestRam>,
+    /// The stream's blocks, by their place in its list.
+    blocks: Vec<BlockIndex>,
+    return_path: bool,
+    own_machine: bool,
+    sections: Vec<DeviceSection>,
+    loaded: bool,
+    placed: Arc<AtomicU64>,
+}
+
+impl Incoming {
+    pub(crate) fn new(channel: Channel) -> Incoming {
+        Incoming {
+            input: Input::new(channel, MainDecoder::new(MainOptions::default())),
+            ram: None,
+            blocks: Vec::new(),
+            return_path: false,
+            own_machine: false,
+            sections: Vec::new(),
+            loaded: false,
+            placed: Arc::default(),
+        }
+    }
+
+    /// Counts the bytes of RAM that have been placed in `placed`.
+    pub(crate) fn with_progress(self, placed: Arc<AtomicU64>) -> Incoming {
+        Incoming { placed, ..self }
+    }
+
+    /// Takes the stream in up to where its guest may run: the source has given up the right.
+    pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<(), Error> {
+        loop {
+            let return_path = self.return_path;
+            let next = self.input.next(|channel, ping| match return_path {
+                true => send(channel, &ReturnMessage::Pong(ping)),
+                false => Ok(()),
+            })?;
+            match next {
+                Some(Decoded::Ram(record)) => self.record(record)?,
+                Some(Decoded::Eof) => {
+                    let own = std::mem::take(&mut self.sections);
+                    return self.load(host, Devices::Own(own));
+                }
+                Some(Decoded::DeviceState(state)) => {
+                    let early = std::mem::take(&mut self.sections);
+                    return self.load(host, Devices::Qemu { early, state });
+                }
+                Some(other) => self.message(host, other)?,
+                None => return self.finish_at_close(host),
+            }
+        }
+    }
+
+    /// The other side closed: only a QEMU that describes no devices ends like that.
+    fn finish_at_close(&mut self, host: &mut dyn Host) -> Result<(), Error> {
+        match self.input.close()? {
+            Some(state) => {
+                let early = std::mem::take(&mut self.sections);
+                self.load(host, Devices::Qemu { early, state: Box::new(state) })
+            }
+            None => Err(self.input.ended("the rest of the migration")),
+        }
+    }
+
+    fn load(&mut self, host: &mut dyn Host, devices: Devices) -> Result<(), Error> {
+        if self.ram.is_none() {
+            return Err(Error::Refused(
+                "main channel: the stream has devices but no RAM: it is not a whole migration"
+                    .into(),
+            ));
+        }
+        if std::mem::replace(&mut self.loaded, true) {
+            return Ok(());
+        }
+        host.load(devices)
+    }
+
+    fn message(&mut self, host: &mut dyn Host, message: Decoded) -> Result<(), Error> {
+        match message {
+            Decoded::Configuration(configuration) => {
+                self.own_machine = configuration.is_whimbrel();
+                host.configure(&configuration)
+            }
+            Decoded::RamSetup(announced) => self.setup(host, &announced),
+            Decoded::Command(command) => self.command(host, command),
+            Decoded::DeviceSection(section) if self.loaded => Err(Error::Refused(format!(
+                "main channel: device section {} comes after the devices had been loaded",
+                section.header.name
+            ))),
+            Decoded::DeviceSection(section) => {
+                self.sections.push(section);
+                Ok(())
+            }
+            Decoded::MappedBlock { .. } => Err(Error::Refused(
+                "main channel: this is a kept VM's file (mapped-ram), not a stream: \
+                 send it with 'whimbrel restore'"
+                    .into(),
+            )),
+            Decoded::Header(_)
+            | Decoded::SectionStart(_)
+            | Decoded::SectionPart(_)
+            | Decoded::SectionEnd(_)
+            | Decoded::Footer(_)
+            | Decoded::DeviceStateBegins
+            | Decoded::VmDescription(_) => Ok(()),
+            other => Err(unsupported(&format!("{other:?}"))),
+        }
+    }
+
+    fn setup(&mut self, host: &mut dyn Host, announced: &BlockList) -> Result<(), Error> {
+        let ram = host.ram(announced)?;
+        let place = |info: &whimbrel_wire::BlockInfo| {
+            let name = info.name.as_str().unwrap_or_default();
+            ram.find(name).map(|(index, _)| index).expect("the host took every block announced")
+        };
+        self.blocks = announced.iter().map(|(_, info)| place(info)).collect();
+        self.ram = Some(ram);
+        Ok(())
+    }
+
+    fn command(&mut self, host: &mut dyn Host, command: Command) -> Result<(), Error> {
+        match command {
+            Command::OpenReturnPath => {
+                if !self.input.channel().is_two_way() {
+                    return Err(Error::Refused(
+                        "the source wants to be answered, and this transport has no way back: \
+                         switch return-path off at the source or use tcp: or unix:"
+                            .into(),
+                    ));
+                }
+                self.return_path = true;
+                Ok(())
+            }
+            Command::Ping(value) => {
+                // Behind the devices of our own machines the question is whether they load.
+                if self.own_machine && !self.sections.is_empty() {
+                    let own = std::mem::take(&mut self.sections);
+                    self.load(host, Devices::Own(own))?;
+                }
+                self.answer(&ReturnMessage::Pong(value))
+            }
+            // A source that could go over to postcopy later, and has not yet.
+            Command::PostcopyAdvise(_) | Command::SwitchoverStart => Ok(()),
+            other => Err(unsupported(other.name())),
+        }
+    }
+
+    fn record(&mut self, record: RamRecord) -> Result<(), Error> {
+        self.placed.fetch_add(TARGET_PAGE.bytes() as u64, Ordering::Relaxed);
+        match record {
+            RamRecord::PageFollows { block, offset, .. } => {
+                let (ram, index) = self.place(block)?;
+                self.input.take_page(ram.block(index), offset.0)
+            }
+            RamRecord::Zero { block, offset } => {
+                let (ram, index) = self.place(block)?;
+                let block = ram.block(index);
+                // Untouched memory is zero and stays untouched.
+                if !block.is_zero(TargetPage::containing(offset.0)) {
+                    block.write_zeros(offset.0, TARGET_PAGE.bytes())?;
+                }
+                Ok(())
+            }
+            RamRecord::XbzrleFollows { block, offset, len } => {
+                let (ram, index) = self.place(block)?;
+                self.delta(&ram, index, offset.0, len)
+            }
+            RamRecord::EndOfSection => Ok(()),
+            RamRecord::MultifdFlush => {
+                Err(unsupported("a multifd stream (switch capability multifd off at the source)"))
+            }
+        }
+    }
+
+    fn delta(
+        &mut self,
+        ram: &GuestRam,
+        index: BlockIndex,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), Error> {
+        const PAGE: usize = TARGET_PAGE.bytes();
+        let mut delta = [0; PAGE];
+        let at = self.input.decoder().offset();
+        let delta = &mut delta[..len];
+        self.input.take_bytes(delta)?;
+        let mut page = [0; PAGE];
+        ram.block(index).read(offset, &mut page)?;
+        xbzrle::decode(delta, &mut page).map_err(|source| Error::Delta {
+            channel: "main",
+            offset: at,
+            source,
+        })?;
+        ram.block(index).write(offset, &page)?;
+        Ok(())
+    }
+
+    fn place(&self, block: whimbrel_wire::BlockIndex) -> Result<(GuestRam, BlockIndex), Error> {
+        let ram = self.ram.clone().ok_or_else(|| unsupported("pages before the block list"))?;
+        Ok((ram, self.blocks[block.get()]))
+    }
+
+    fn answer(&mut self, message: &ReturnMessage) -> Result<(), Error> {
+        send(self.input.channel(), message)
+    }
+
+    /// The guest has all it needs and is on its way: says so, and ends the connection.
+    pub(crate) fn finish(mut self) -> Result<(), Error> {
+        if self.return_path {
+            self.answer(&ReturnMessage::Shut(0))?;
+        }
+        // What is still coming (the description of our own machines) only explains.
+        while let Ok(Some(_)) = self.input.next(|_, _| Ok(())) {}
+        self.input.into_channel().finish()
+    }
+
+    /// The migration failed here: tells the source, as far as it listens.
+    pub(crate) fn fail(mut self) {
+        if self.return_path {
+            // The connection may be what failed; then there is nobody to tell.
+            let _ = self.answer(&ReturnMessage::Shut(1));
+        }
+    }
+}
+
+fn send(channel: &mut Channel, message: &ReturnMessage) -> Result<(), Error> {
+    let mut bytes = Vec::new();
+    message.encode(&mut bytes);
+    channel.send_bytes(&bytes)
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::Refused(format!("main channel: {what} is not supported here"))
+}

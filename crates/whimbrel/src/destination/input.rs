@@ -1,0 +1,143 @@
+//! The main channel, on its way in: protocol words are decoded from a buffer, the content of
+//! pages goes from there, or straight from the channel, into guest memory.
+
+use whimbrel_ram::kernel_copy::Scatter;
+use whimbrel_ram::{RamBlock, TARGET_PAGE};
+use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
+
+use crate::channel::Channel;
+use crate::error::Error;
+
+/// What one system call reads. Small enough to be in the second-level cache when it is copied on.
+const BUFFER: usize = 512 << 10;
+
+/// A channel being decoded.
+#[derive(Debug)]
+pub(crate) struct Input {
+    channel: Channel,
+    decoder: MainDecoder,
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Input {
+    pub(crate) fn new(channel: Channel, decoder: MainDecoder) -> Input {
+        let buffer = vec![0; BUFFER].into_boxed_slice();
+        Input { channel, decoder, buffer, start: 0, end: 0 }
+    }
+
+    pub(crate) fn channel(&mut self) -> &mut Channel {
+        &mut self.channel
+    }
+
+    pub(crate) fn into_channel(self) -> Channel {
+        self.channel
+    }
+
+    pub(crate) fn decoder(&self) -> &MainDecoder {
+        &self.decoder
+    }
+
+    /// The next message; `None` where the stream ends. `answer` is called with a PING that has to
+    /// be answered before the stream goes on.
+    pub(crate) fn next(
+        &mut self,
+        mut answer: impl FnMut(&mut Channel, u32) -> Result<(), Error>,
+    ) -> Result<Option<Decoded>, Error> {
+        loop {
+            let (used, decoded) = self
+                .decoder
+                .decode(&self.buffer[self.start..self.end])
+                .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
+            self.start += used;
+            let Decoded::NeedMore(_) = decoded else { return Ok(Some(decoded)) };
+            // The decoder may have taken the first part of something, and not have seen the rest.
+            if used > 0 && self.start < self.end {
+                continue;
+            }
+            if let Some(ping) = self.decoder.waiting_ping() {
+                answer(&mut self.channel, ping)?;
+            }
+            if self.fill()? == 0 {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// Reads once; 0 at the end of the stream.
+    fn fill(&mut self) -> Result<usize, Error> {
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        let mut pieces = Scatter::new();
+        pieces.push_buffer(&mut self.buffer[self.end..]);
+        let bytes = self.channel.receive(&mut pieces)?;
+        self.end += bytes;
+        Ok(bytes)
+    }
+
+    /// The stream has ended: gives the devices of a QEMU that describes none, if that is how it
+    /// may end.
+    pub(crate) fn close(&mut self) -> Result<Option<DeviceState>, Error> {
+        let decoder =
+            std::mem::replace(&mut self.decoder, MainDecoder::new(MainOptions::default()));
+        decoder
+            .close(&self.buffer[self.start..self.end])
+            .map_err(|source| Error::Protocol { channel: self.channel.name(), source })
+    }
+
+    /// The stream ended where something more had to come.
+    pub(crate) fn ended(&self, expected: impl Into<String>) -> Error {
+        let offset = self.decoder.offset() + (self.end - self.start) as u64;
+        Error::Ended { channel: self.channel.name(), offset, expected: expected.into() }
+    }
+
+    /// Takes the page that follows into `block` at `offset`.
+    pub(crate) fn take_page(&mut self, block: &RamBlock, offset: u64) -> Result<(), Error> {
+        const PAGE: usize = TARGET_PAGE.bytes();
+        let here = (self.end - self.start).min(PAGE);
+        block.write(offset, &self.buffer[self.start..self.start + here])?;
+        self.start += here;
+        if here < PAGE {
+            self.receive_rest(block, offset + here as u64, PAGE - here)?;
+        }
+        self.decoder.payload_taken(PAGE as u64);
+        Ok(())
+    }
+
+    /// The buffer is empty: what is missing of a page comes straight from the channel, and what
+    /// follows it into the buffer, in the same call.
+    fn receive_rest(&mut self, block: &RamBlock, offset: u64, len: usize) -> Result<(), Error> {
+        let mut got = 0;
+        while got < len {
+            let mut pieces = Scatter::new();
+            pieces.push_guest(block, offset + got as u64, len - got)?;
+            pieces.push_buffer(&mut self.buffer);
+            let bytes = self.channel.receive(&mut pieces)?;
+            if bytes == 0 {
+                (self.start, self.end) = (0, 0);
+                return Err(self.ended(format!("{} bytes more of a page", len - got)));
+            }
+            got += bytes;
+        }
+        (self.start, self.end) = (0, got - len);
+        Ok(())
+    }
+
+    /// Takes `len` bytes that follow into a buffer.
+    pub(crate) fn take_bytes(&mut self, out: &mut [u8]) -> Result<(), Error> {
+        let mut done = 0;
+        while done < out.len() {
+            if self.start == self.end && self.fill()? == 0 {
+                return Err(self.ended(format!("{} bytes more of a delta", out.len() - done)));
+            }
+            let here = (self.end - self.start).min(out.len() - done);
+            out[done..done + here].copy_from_slice(&self.buffer[self.start..self.start + here]);
+            self.start += here;
+            done += here;
+        }
+        self.decoder.payload_taken(out.len() as u64);
+        Ok(())
+    }
+}

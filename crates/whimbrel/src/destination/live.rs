@@ -1,0 +1,164 @@
+//! A VM that waits for its migration.
+
+use std::sync::Arc;
+
+use whimbrel_ram::GuestRam;
+use whimbrel_wire::{BlockList, Configuration, DeviceSection};
+
+use super::incoming::{Devices, Host, Incoming};
+use crate::channel::Listener;
+use crate::error::Error;
+use crate::global_state;
+use crate::guest::Guest;
+use crate::report::Report;
+use crate::settings::{Capabilities, Capability};
+use crate::status::{Event, MigrationStatus, RunState};
+use crate::vm::DeviceState;
+use crate::worker::Cancel;
+
+/// Everything one incoming migration is given.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) guest: Arc<Guest>,
+    pub(crate) capabilities: Capabilities,
+    /// Whether the guest is to run at once when it did at the source.
+    pub(crate) autostart: bool,
+    pub(crate) report: Arc<Report>,
+    pub(crate) cancel: Cancel,
+}
+
+impl Job {
+    fn set_status(&self, status: MigrationStatus) {
+        if self.report.set_status(status) {
+            self.guest.emit(&Event::Migration(status));
+        }
+    }
+}
+
+/// Takes the guest in. The body of `dest/main`.
+pub(crate) fn run(job: &Job, listener: Listener) {
+    job.guest.emit(&Event::Migration(MigrationStatus::Setup));
+    match receive(job, listener) {
+        Ok(()) => {}
+        Err(_) if job.cancel.is_set() => job.set_status(MigrationStatus::Cancelled),
+        Err(error) => {
+            job.report.set_error(error.to_string());
+            job.set_status(MigrationStatus::Failed);
+        }
+    }
+}
+
+fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
+    let channel = listener.accept(&job.cancel)?;
+    job.set_status(MigrationStatus::Active);
+    let mut incoming = Incoming::new(channel);
+    let mut waiting = Waiting { job, runs: true };
+    if let Err(error) = incoming.receive(&mut waiting) {
+        incoming.fail();
+        return Err(error);
+    }
+    // The source has given up the right to run the guest: its stream says so.
+    let right = job.guest.right_has_come();
+    let started = match waiting.runs && job.autostart {
+        true => job.guest.resume(&right).map(|()| RunState::Running),
+        false => Ok(RunState::Paused),
+    };
+    match started {
+        Ok(state) => {
+            job.guest.put_right(right, state);
+            job.set_status(MigrationStatus::Completed);
+            // The guest is here and runs: a source that has gone cannot change that.
+            let _ = incoming.finish();
+            Ok(())
+        }
+        Err(error) => {
+            job.guest.put_right(right, RunState::InternalError);
+            incoming.fail();
+            Err(error)
+        }
+    }
+}
+
+struct Waiting<'j> {
+    job: &'j Job,
+    runs: bool,
+}
+
+impl Host for Waiting<'_> {
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), Error> {
+        let vm = self.job.guest.vm();
+        let here = vm.machine();
+        if configuration.machine != here.as_str() {
+            return Err(Error::Mismatch {
+                what: "machine type".into(),
+                source_has: configuration.machine.to_string(),
+                here,
+            });
+        }
+        if self.job.capabilities.has(Capability::ValidateUuid)
+            && let (Some(source), Some(here)) = (configuration.uuid, vm.uuid())
+            && source != here
+        {
+            let text = |uuid: [u8; 16]| format!("{:032x}", u128::from_be_bytes(uuid));
+            let (source_has, here) = (text(source), text(here));
+            return Err(Error::Mismatch { what: "UUID".into(), source_has, here });
+        }
+        Ok(())
+    }
+
+    fn ram(&mut self, announced: &BlockList) -> Result<GuestRam, Error> {
+        let ram = self.job.guest.vm().ram();
+        for (_, info) in announced.iter() {
+            let name = info.name.to_string();
+            let Some((_, block)) = ram.find(&name) else {
+                let names: Vec<&str> = ram.blocks().map(|(_, block)| block.name()).collect();
+                return Err(Error::Mismatch {
+                    what: "RAM blocks".into(),
+                    source_has: format!("a block {name}"),
+                    here: format!("only {}", names.join(", ")),
+                });
+            };
+            if block.len() != info.used_length {
+                return Err(Error::Mismatch {
+                    what: format!("length of RAM block {name}"),
+                    source_has: format!("{} bytes", info.used_length),
+                    here: format!("{} bytes", block.len()),
+                });
+            }
+        }
+        if announced.len() != ram.block_count() {
+            return Err(Error::Mismatch {
+                what: "RAM blocks".into(),
+                source_has: announced.len().to_string(),
+                here: ram.block_count().to_string(),
+            });
+        }
+        Ok(ram.clone())
+    }
+
+    fn load(&mut self, devices: Devices) -> Result<(), Error> {
+        let Devices::Own(sections) = devices else {
+            return Err(Error::Refused(
+                "main channel: the devices are those of a QEMU: 'whimbrel receive' keeps such a VM"
+                    .into(),
+            ));
+        };
+        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
+        let mut devices = devices?;
+        self.runs = global_state::take(&mut devices);
+        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
+    }
+}
+
+fn device(section: &DeviceSection) -> Result<DeviceState, Error> {
+    let header = &section.header;
+    let bytes = section.own_data().map_err(|kind| {
+        Error::Refused(format!("main channel: device section {}: {kind}", header.name))
+    })?;
+    Ok(DeviceState {
+        name: header.name.to_string(),
+        instance_id: header.instance_id,
+        version_id: header.version_id,
+        bytes: bytes.to_vec(),
+    })
+}

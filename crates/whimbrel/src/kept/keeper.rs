@@ -1,0 +1,131 @@
+//! Taking a migration in to keep it.
+
+use std::path::{Path, PathBuf};
+
+use whimbrel_ram::{GuestRam, RamBlock, TARGET_PAGE};
+use whimbrel_wire::{
+    BlockList, Configuration, DeviceSection, encode_eof, encode_vm_description, header::capability,
+    vmdesc::describe,
+};
+
+use super::KeptSummary;
+use super::layout::Writing;
+use crate::destination::incoming::{Devices, Host};
+use crate::error::Error;
+use crate::source::setup::name;
+
+/// A machine of any kind that is kept, not run: RAM is made as the source announces it.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    path: PathBuf,
+    configuration: Option<Configuration>,
+    ram: Option<GuestRam>,
+    summary: Option<KeptSummary>,
+}
+
+impl Keeper {
+    pub(super) fn new(path: &Path) -> Keeper {
+        Keeper { path: path.into(), configuration: None, ram: None, summary: None }
+    }
+
+    /// What has been kept.
+    ///
+    /// # Panics
+    /// Before the stream was received as a whole.
+    pub(super) fn into_summary(self) -> KeptSummary {
+        self.summary.expect("a stream that was received was loaded")
+    }
+}
+
+impl Host for Keeper {
+    fn configure(&mut self, configuration: &Configuration) -> Result<(), Error> {
+        if configuration.has(capability::IGNORE_SHARED) {
+            return Err(Error::Refused(
+                "main channel: the source leaves its shared RAM out (x-ignore-shared): \
+                 it cannot be kept without; switch the capability off"
+                    .into(),
+            ));
+        }
+        self.configuration = Some(configuration.clone());
+        Ok(())
+    }
+
+    fn ram(&mut self, announced: &BlockList) -> Result<GuestRam, Error> {
+        check_memory(announced.total())?;
+        let mut blocks = Vec::with_capacity(announced.len());
+        for (_, info) in announced.iter() {
+            let Some(block_name) = info.name.as_str() else {
+                return Err(Error::Refused(format!(
+                    "main channel: RAM block {} is no text",
+                    info.name
+                )));
+            };
+            blocks.push(RamBlock::anonymous(block_name, 0, info.used_length)?);
+        }
+        let ram = GuestRam::new(blocks);
+        self.ram = Some(ram.clone());
+        Ok(ram)
+    }
+
+    fn load(&mut self, devices: Devices) -> Result<(), Error> {
+        let (Some(configuration), Some(ram)) = (&self.configuration, &self.ram) else {
+            return Err(Error::Refused("main channel: the stream names no machine type".into()));
+        };
+        let mut configuration = configuration.clone();
+        if !configuration.has(capability::MAPPED_RAM) {
+            configuration.capabilities.push(name(capability::MAPPED_RAM)?);
+        }
+        let (early, tail, count) = encode(devices);
+        let mut writing = Writing::begin(&self.path)?;
+        let pages = writing.write(&configuration, &early, ram, &tail)?;
+        writing.keep()?;
+        self.summary = Some(KeptSummary {
+            machine: configuration.machine.to_string(),
+            ram_bytes: ram.total_bytes(),
+            stored_bytes: pages * TARGET_PAGE.bytes() as u64,
+            devices: count,
+        });
+        Ok(())
+    }
+}
+
+/// Sections before RAM, sections after it with the end of the stream, and how many there are.
+fn encode(devices: Devices) -> (Vec<u8>, Vec<u8>, usize) {
+    let (mut before, mut tail) = (Vec::new(), Vec::new());
+    match devices {
+        Devices::Own(sections) => {
+            sections.iter().for_each(|section: &DeviceSection| section.encode(&mut tail));
+            encode_eof(&mut tail);
+            encode_vm_description(&describe(4096, &sections), &mut tail);
+            (before, tail, sections.len())
+        }
+        Devices::Qemu { early, mut state } => {
+            early.iter().for_each(|section| section.encode(&mut before));
+            // What was asked of this destination is nothing to ask of the next one.
+            state.commands.clear();
+            // A stock QEMU waits for a description, be it an empty one.
+            state.vmdesc.get_or_insert_with(|| b"{}".to_vec());
+            state.encode(&mut tail);
+            (before, tail, early.len() + state.sections.len())
+        }
+    }
+}
+
+/// Refuses what cannot be held: the guest's RAM is in memory until it is on the disk.
+fn check_memory(wanted: u64) -> Result<(), Error> {
+    let text =
+        std::fs::read_to_string("/proc/meminfo").map_err(Error::system("reading /proc/meminfo"))?;
+    let available = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))
+        .and_then(|rest| rest.trim().strip_suffix(" kB")?.parse::<u64>().ok())
+        .map_or(u64::MAX, |kib| kib.saturating_mul(1024));
+    if wanted > available {
+        return Err(Error::Refused(format!(
+            "too little memory: the guest has {} MiB of RAM and {} MiB are available here",
+            wanted >> 20,
+            available >> 20
+        )));
+    }
+    Ok(())
+}

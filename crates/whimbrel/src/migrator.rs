@@ -1,0 +1,282 @@
+//! The public face: one value for each VM, through which it is moved, watched and stopped.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::address::Address;
+use crate::channel::Listener;
+use crate::destination::live;
+use crate::error::Error;
+use crate::guest::Guest;
+use crate::report::{Report, Side};
+use crate::settings::{Capabilities, Capability, Parameters, SettingError};
+use crate::source;
+use crate::status::{Event, MigrationInfo, MigrationStatus, RunState};
+use crate::vm::Vm;
+use crate::worker::{Cancel, Role, Worker};
+
+/// How a VM stands when its [`Migrator`] is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Its guest is stopped; [`Migrator::cont`] runs it.
+    Paused,
+    /// It waits for a migration. Then, with `autostart`, its guest runs at once if it ran at the
+    /// source.
+    Incoming {
+        /// Whether to run it without being told.
+        autostart: bool,
+    },
+}
+
+/// Moves one VM: starts migrations, tells how they stand, ends them.
+///
+/// Nothing here waits for a migration's threads, except [`Migrator::wait`] and dropping it.
+#[derive(Debug)]
+pub struct Migrator {
+    guest: Arc<Guest>,
+    autostart: bool,
+    parameters: Arc<Mutex<Parameters>>,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    capabilities: Capabilities,
+    exit_on_error: bool,
+    run: Option<Run>,
+}
+
+/// A migration under way, or the last one.
+#[derive(Debug)]
+struct Run {
+    side: Side,
+    report: Arc<Report>,
+    cancel: Cancel,
+    proceed: Cancel,
+    worker: Option<Worker>,
+}
+
+/// Ends a subscription when it is dropped.
+#[derive(Debug)]
+pub struct Subscription {
+    guest: Arc<Guest>,
+    id: u64,
+}
+
+impl Drop for Subscription {
+    fn drop(&mut self) {
+        self.guest.unsubscribe(self.id);
+    }
+}
+
+impl Migrator {
+    /// Takes charge of `vm`, whose guest does not run.
+    pub fn new(vm: Arc<dyn Vm>, start: Start) -> Migrator {
+        let (state, autostart) = match start {
+            Start::Paused => (RunState::Prelaunch, true),
+            Start::Incoming { autostart } => (RunState::Inmigrate, autostart),
+        };
+        Migrator {
+            guest: Arc::new(Guest::new(vm, state)),
+            autostart,
+            parameters: Arc::default(),
+            inner: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Only plain values are stored under the lock: a panic elsewhere cannot leave it half done.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &dyn Vm {
+        self.guest.vm()
+    }
+
+    /// How the guest stands.
+    pub fn run_state(&self) -> RunState {
+        self.guest.state()
+    }
+
+    /// Stops the guest.
+    pub fn stop(&self) -> Result<(), Error> {
+        self.guest.stop()
+    }
+
+    /// Runs the guest, if it is here to be run.
+    pub fn cont(&self) -> Result<(), Error> {
+        self.guest.cont()
+    }
+
+    /// Calls `subscriber` on every event, from whichever thread causes it, until the
+    /// subscription is dropped. It must not block.
+    pub fn subscribe(&self, subscriber: impl Fn(&Event) + Send + Sync + 'static) -> Subscription {
+        let id = self.guest.subscribe(Arc::new(subscriber));
+        Subscription { guest: self.guest.clone(), id }
+    }
+
+    /// Which capabilities are on.
+    pub fn capabilities(&self) -> Capabilities {
+        self.lock().capabilities
+    }
+
+    /// Switches capabilities on and off; refused while a migration runs.
+    pub fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), Error> {
+        let mut inner = self.lock();
+        if inner.is_running() {
+            return Err(SettingError::Running.into());
+        }
+        let mut capabilities = inner.capabilities;
+        for &(capability, on) in changes {
+            capabilities.set(capability, on);
+        }
+        inner.capabilities = capabilities;
+        Ok(())
+    }
+
+    /// The parameters.
+    pub fn parameters(&self) -> Parameters {
+        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes parameters; a running migration follows. `change` must not block.
+    pub fn update_parameters(&self, change: impl FnOnce(&mut Parameters)) -> Result<(), Error> {
+        let mut parameters = self.parameters.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = parameters.clone();
+        change(&mut changed);
+        changed.check()?;
+        *parameters = changed;
+        Ok(())
+    }
+
+    /// Starts moving the guest to `address`. Errors from connecting on are in
+    /// [`info`](Migrator::info).
+    pub fn migrate(&self, address: Address) -> Result<(), Error> {
+        let mut inner = self.lock();
+        inner.refuse_while_running()?;
+        match self.guest.state() {
+            RunState::Inmigrate => {
+                return Err(Error::Refused("the guest has not arrived yet".into()));
+            }
+            RunState::Postmigrate => {
+                return Err(Error::Refused("the guest has moved away already".into()));
+            }
+            _ => {}
+        }
+        let (cancel, proceed) = (new_cancel()?, new_cancel()?);
+        let report = Arc::new(Report::new(Side::Source));
+        let job = source::Job {
+            guest: self.guest.clone(),
+            address,
+            capabilities: inner.capabilities,
+            parameters: self.parameters.clone(),
+            report: report.clone(),
+            cancel: cancel.clone(),
+            proceed: proceed.clone(),
+        };
+        let worker = Worker::start(Role::SourceMain, cancel.clone(), move || source::run(&job))
+            .map_err(Error::system("starting a thread"))?;
+        let worker = Some(worker);
+        let old = inner.run.replace(Run { side: Side::Source, report, cancel, proceed, worker });
+        drop(inner);
+        drop(old); // Its thread has told how it ended and is about to be gone: joined without the lock.
+        Ok(())
+    }
+
+    /// Waits at `address` for the guest to come. The address is bound when this returns. What
+    /// [`exits_on_error`](Migrator::exits_on_error) says from then on is `exit_on_error`.
+    pub fn incoming(&self, address: &Address, exit_on_error: bool) -> Result<(), Error> {
+        let mut inner = self.lock();
+        inner.refuse_while_running()?;
+        if self.guest.state() != RunState::Inmigrate {
+            return Err(Error::Refused(
+                "the guest is here already: only a VM started with '--incoming' takes one in"
+                    .into(),
+            ));
+        }
+        if inner.run.is_some() {
+            return Err(Error::Refused(
+                "a migration into this VM has been tried: its RAM is not fresh; start a new one"
+                    .into(),
+            ));
+        }
+        let cancel = new_cancel()?;
+        let listener = Listener::bind(address, &cancel)?;
+        let report = Arc::new(Report::new(Side::Destination));
+        report.set_socket_address(listener.socket_address());
+        let job = live::Job {
+            guest: self.guest.clone(),
+            capabilities: inner.capabilities,
+            autostart: self.autostart,
+            report: report.clone(),
+            cancel: cancel.clone(),
+        };
+        let run = move || live::run(&job, listener);
+        let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
+            .map_err(Error::system("starting a thread"))?;
+        let proceed = cancel.clone();
+        let worker = Some(worker);
+        inner.run = Some(Run { side: Side::Destination, report, cancel, proceed, worker });
+        inner.exit_on_error = exit_on_error;
+        Ok(())
+    }
+
+    /// Whether the VMM is to end when the migration it waits for fails (`exit-on-error`).
+    pub fn exits_on_error(&self) -> bool {
+        self.lock().exit_on_error
+    }
+
+    /// `migrate_cancel`: ends the migration; how it ended is in [`info`](Migrator::info) soon.
+    /// No error when there is none.
+    pub fn cancel(&self) {
+        if let Some(run) = &self.lock().run
+            && run.report.status().is_running()
+        {
+            run.cancel.set();
+        }
+    }
+
+    /// `migrate-continue`: leaves the state `pre-switchover`.
+    pub fn proceed(&self, state: MigrationStatus) -> Result<(), Error> {
+        let inner = self.lock();
+        match &inner.run {
+            Some(run) if run.side == Side::Source && run.report.status() == state => {
+                run.proceed.set();
+                Ok(())
+            }
+            _ => Err(Error::Refused(format!("the migration is not in the state {state}"))),
+        }
+    }
+
+    /// How the migration stands, or how the last one ended.
+    pub fn info(&self) -> MigrationInfo {
+        let report = self.lock().run.as_ref().map(|run| run.report.clone());
+        report.map(|report| report.info()).unwrap_or_default()
+    }
+
+    /// Waits for the end of the migration under way, and says how it ended.
+    pub fn wait(&self) -> MigrationInfo {
+        let worker = self.lock().run.as_mut().and_then(|run| run.worker.take());
+        if let Some(worker) = worker {
+            worker.join();
+        }
+        self.info()
+    }
+}
+
+impl Inner {
+    fn is_running(&self) -> bool {
+        self.run.as_ref().is_some_and(|run| run.report.status().is_running())
+    }
+
+    fn refuse_while_running(&self) -> Result<(), Error> {
+        match self.is_running() {
+            true => Err(Error::Refused("a migration is under way already".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+fn new_cancel() -> Result<Cancel, Error> {
+    Cancel::new().map_err(Error::system("making an eventfd"))
+}

@@ -1,0 +1,12 @@
+//! What to do next, decided without doing it: plain types that are given time and facts and
+//! return an action, so that every decision is tested without a thread or a clock.
+//!
+//! Time is a [`Duration`](std::time::Duration) since the migration began.
+
+mod downtime;
+mod pace;
+mod throttle;
+
+pub(crate) use downtime::{Convergence, Next};
+pub(crate) use pace::Pace;
+pub(crate) use throttle::Throttle;

@@ -1,0 +1,185 @@
+//! What `query-migrate` answers while threads count: no lock a migration thread could hold.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use crate::status::{
+    MigrationInfo, MigrationStats, MigrationStatus, SocketAddressInfo, XbzrleCacheStats,
+};
+
+/// Counters of one migration. Each is written by one thread and read by any.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) transferred: AtomicU64,
+    pub(crate) remaining: AtomicU64,
+    pub(crate) total: AtomicU64,
+    pub(crate) duplicate: AtomicU64,
+    pub(crate) normal: AtomicU64,
+    pub(crate) dirty_pages_rate: AtomicU64,
+    pub(crate) dirty_sync_count: AtomicU64,
+    pub(crate) precopy_bytes: AtomicU64,
+    pub(crate) downtime_bytes: AtomicU64,
+    pub(crate) bytes_per_second: AtomicU64,
+    pub(crate) pages_per_second: AtomicU64,
+    pub(crate) expected_downtime_ms: AtomicU64,
+    pub(crate) throttle_percent: AtomicU8,
+}
+
+/// Sets a counter that only its owner writes.
+pub(crate) fn set(counter: &AtomicU64, value: u64) {
+    counter.store(value, Ordering::Relaxed);
+}
+
+/// Adds to a counter.
+pub(crate) fn add(counter: &AtomicU64, value: u64) {
+    counter.fetch_add(value, Ordering::Relaxed);
+}
+
+fn get(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
+
+/// Which way a migration goes: a source reports more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    Source,
+    Destination,
+}
+
+/// The report of one migration, being written.
+#[derive(Debug)]
+pub(crate) struct Report {
+    side: Side,
+    started: Instant,
+    pub(crate) counters: Counters,
+    slow: Mutex<Slow>,
+}
+
+/// What changes a few times in a migration. The lock is held for a few loads and stores.
+#[derive(Clone, Debug, Default)]
+struct Slow {
+    status: MigrationStatus,
+    error: Option<String>,
+    setup_ms: Option<u64>,
+    stopped: Option<Instant>,
+    downtime_ms: Option<u64>,
+    total_ms: Option<u64>,
+    xbzrle: Option<XbzrleCacheStats>,
+    socket_address: Option<Vec<SocketAddressInfo>>,
+}
+
+impl Report {
+    pub(crate) fn new(side: Side) -> Report {
+        let slow = Mutex::new(Slow { status: MigrationStatus::Setup, ..Slow::default() });
+        Report { side, started: Instant::now(), counters: Counters::default(), slow }
+    }
+
+    /// When the migration began.
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn with<T>(&self, change: impl FnOnce(&mut Slow) -> T) -> T {
+        change(&mut self.slow.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn status(&self) -> MigrationStatus {
+        self.with(|slow| slow.status)
+    }
+
+    /// Changes the state; says whether it was another one.
+    pub(crate) fn set_status(&self, status: MigrationStatus) -> bool {
+        let total = self.elapsed_ms();
+        self.with(|slow| {
+            if !status.is_running() {
+                slow.total_ms.get_or_insert(total);
+            }
+            std::mem::replace(&mut slow.status, status) != status
+        })
+    }
+
+    pub(crate) fn set_error(&self, error: String) {
+        self.with(|slow| slow.error = Some(error));
+    }
+
+    pub(crate) fn setup_is_done(&self) {
+        let elapsed = self.elapsed_ms();
+        self.with(|slow| slow.setup_ms = Some(elapsed));
+    }
+
+    /// The guest is being stopped for its switchover: downtime begins.
+    pub(crate) fn guest_stops(&self) {
+        self.with(|slow| slow.stopped = Some(Instant::now()));
+    }
+
+    /// The guest is the destination's: downtime is over, as far as it is seen from here.
+    pub(crate) fn guest_has_gone(&self) {
+        self.with(|slow| {
+            let downtime = slow.stopped.map(|since| since.elapsed().as_millis());
+            slow.downtime_ms = downtime.map(|ms| u64::try_from(ms).unwrap_or(u64::MAX));
+        });
+    }
+
+    pub(crate) fn set_xbzrle(&self, stats: XbzrleCacheStats) {
+        self.with(|slow| slow.xbzrle = Some(stats));
+    }
+
+    pub(crate) fn set_socket_address(&self, address: Option<SocketAddressInfo>) {
+        self.with(|slow| slow.socket_address = address.map(|one| vec![one]));
+    }
+
+    /// The report as of now.
+    pub(crate) fn info(&self) -> MigrationInfo {
+        let slow = self.with(|slow| slow.clone());
+        let status = slow.status;
+        let mut info = MigrationInfo {
+            status: Some(status),
+            error_desc: slow.error,
+            socket_address: slow.socket_address,
+            ..MigrationInfo::default()
+        };
+        if self.side == Side::Destination {
+            return info;
+        }
+        info.total_time = Some(slow.total_ms.unwrap_or_else(|| self.elapsed_ms()));
+        info.setup_time = slow.setup_ms;
+        info.downtime = slow.downtime_ms;
+        info.xbzrle_cache = slow.xbzrle;
+        let expected = get(&self.counters.expected_downtime_ms);
+        info.expected_downtime = (status.is_running() && expected > 0).then_some(expected);
+        let throttle = self.counters.throttle_percent.load(Ordering::Relaxed);
+        info.cpu_throttle_percentage = (status.is_running() && throttle > 0).then_some(throttle);
+        info.ram = match status {
+            MigrationStatus::None | MigrationStatus::Setup => None,
+            _ => Some(self.stats(status)),
+        };
+        info
+    }
+
+    fn stats(&self, status: MigrationStatus) -> MigrationStats {
+        let c = &self.counters;
+        let normal = get(&c.normal);
+        let done = status == MigrationStatus::Completed;
+        MigrationStats {
+            transferred: get(&c.transferred),
+            remaining: if done { 0 } else { get(&c.remaining) },
+            total: get(&c.total),
+            duplicate: get(&c.duplicate),
+            normal,
+            normal_bytes: normal * 4096,
+            dirty_pages_rate: get(&c.dirty_pages_rate),
+            mbps: get(&c.bytes_per_second) as f64 * 8.0 / 1e6,
+            dirty_sync_count: get(&c.dirty_sync_count),
+            page_size: 4096,
+            pages_per_second: get(&c.pages_per_second),
+            precopy_bytes: get(&c.precopy_bytes),
+            downtime_bytes: get(&c.downtime_bytes),
+            ..MigrationStats::default()
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! The guest stands still: the rest of RAM, and the devices.
+
+use std::sync::atomic::Ordering;
+
+use rustix::event::PollFlags;
+use whimbrel_ram::PageMap;
+use whimbrel_wire::{DeviceSection, SectionHeader, SectionId, encode_end_of_section};
+
+use super::pages::{BATCH_MAX, Pages};
+use super::setup::{RAM_SECTION, Stream, name};
+use super::undo::Logging;
+use super::{Held, Job};
+use crate::error::Error;
+use crate::global_state;
+use crate::report::{add, set};
+use crate::settings::Capability;
+use crate::status::{MigrationStatus, RunState};
+
+/// Stops the guest, and waits for `migrate-continue` where that is asked for.
+pub(super) fn stop(job: &Job, held: &mut Held) -> Result<(), Error> {
+    let Some(right) = job.guest.take_right() else {
+        return Err(Error::Refused("the guest is not here: it cannot be moved from here".into()));
+    };
+    let before = job.guest.state();
+    job.guest.set_state(RunState::FinishMigrate);
+    job.report.guest_stops();
+    let stopped = if before == RunState::Running { job.guest.pause(&right) } else { Ok(()) };
+    *held = Held::Stopped { right, before };
+    stopped?;
+    if job.has(Capability::PauseBeforeSwitchover) {
+        job.set_status(MigrationStatus::PreSwitchover);
+        wait_for_continue(job)?;
+    }
+    job.set_status(MigrationStatus::Device);
+    Ok(())
+}
+
+fn wait_for_continue(job: &Job) -> Result<(), Error> {
+    let wake = job.proceed.as_fd();
+    job.cancel.wait(wake, PollFlags::IN, None).map_err(Error::system("waiting"))?;
+    if job.cancel.is_set() { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+/// Sends every page that is still dirty, unpaced, as the `ram` section's END.
+pub(super) fn send_rest(
+    job: &Job,
+    map: &PageMap,
+    log: &Logging<'_>,
+    stream: &mut Stream,
+) -> Result<(), Error> {
+    log.take_into(map)?;
+    job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed);
+    let before = stream.out.bytes();
+    RAM_SECTION.encode_end(stream.out.words());
+    let mut pages = Pages::new(job, None);
+    let mut sweep = map.sweep();
+    while !pages.batch(map, &mut sweep, log, stream, BATCH_MAX)? {}
+    assert_eq!(map.pending(), 0, "the guest stands still and one turn has sent it all");
+    encode_end_of_section(stream.out.words());
+    RAM_SECTION.encode_footer(stream.out.words());
+    stream.flush()?;
+    add(&job.report.counters.downtime_bytes, stream.out.bytes() - before);
+    set(&job.report.counters.remaining, 0);
+    Ok(())
+}
+
+/// Every device's state, as sections of our own kind.
+pub(super) fn device_sections(job: &Job, held: &Held) -> Result<Vec<DeviceSection>, Error> {
+    let runs = matches!(held, Held::Stopped { before: RunState::Running, .. });
+    let devices = job.guest.vm().save().map_err(Error::vm("saving the devices"))?;
+    let all = std::iter::once(global_state::section(runs)).chain(devices);
+    (1..)
+        .zip(all)
+        .map(|(id, device)| {
+            let header = SectionHeader {
+                id: SectionId(id),
+                name: name(&device.name)?,
+                instance_id: device.instance_id,
+                version_id: device.version_id,
+            };
+            Ok(DeviceSection::with_own_length(header, &device.bytes))
+        })
+        .collect()
+}

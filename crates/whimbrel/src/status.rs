@@ -1,0 +1,236 @@
+//! States and the report of a migration, under QMP's names.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+/// The state of a migration (`MigrationStatus`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum MigrationStatus {
+    /// None was ever started.
+    #[default]
+    None,
+    /// Connecting and announcing.
+    Setup,
+    /// Being undone, on request.
+    Cancelling,
+    /// Undone, on request.
+    Cancelled,
+    /// RAM is moving while the guest runs at the source.
+    Active,
+    /// Waiting for `migrate-continue`, guest stopped.
+    PreSwitchover,
+    /// The guest is stopped: the rest of RAM and the devices are moving.
+    Device,
+    /// The guest is at the destination, whole.
+    Completed,
+    /// Ended by an error.
+    Failed,
+}
+
+impl MigrationStatus {
+    /// QMP's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            MigrationStatus::None => "none",
+            MigrationStatus::Setup => "setup",
+            MigrationStatus::Cancelling => "cancelling",
+            MigrationStatus::Cancelled => "cancelled",
+            MigrationStatus::Active => "active",
+            MigrationStatus::PreSwitchover => "pre-switchover",
+            MigrationStatus::Device => "device",
+            MigrationStatus::Completed => "completed",
+            MigrationStatus::Failed => "failed",
+        }
+    }
+
+    /// Whether a migration is under way.
+    pub fn is_running(self) -> bool {
+        match self {
+            MigrationStatus::Setup
+            | MigrationStatus::Cancelling
+            | MigrationStatus::Active
+            | MigrationStatus::PreSwitchover
+            | MigrationStatus::Device => true,
+            MigrationStatus::None
+            | MigrationStatus::Cancelled
+            | MigrationStatus::Completed
+            | MigrationStatus::Failed => false,
+        }
+    }
+}
+
+impl fmt::Display for MigrationStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// The state of the guest (`RunState`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RunState {
+    /// Made, never run.
+    Prelaunch,
+    /// Waiting for a migration to come in.
+    Inmigrate,
+    /// Running.
+    Running,
+    /// Stopped on request.
+    Paused,
+    /// Stopped for the switchover of a migration.
+    FinishMigrate,
+    /// Gone: it runs at the destination.
+    Postmigrate,
+    /// A resource failed it.
+    InternalError,
+}
+
+impl RunState {
+    /// QMP's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            RunState::Prelaunch => "prelaunch",
+            RunState::Inmigrate => "inmigrate",
+            RunState::Running => "running",
+            RunState::Paused => "paused",
+            RunState::FinishMigrate => "finish-migrate",
+            RunState::Postmigrate => "postmigrate",
+            RunState::InternalError => "internal-error",
+        }
+    }
+}
+
+/// What `query-migrate` answers (`MigrationInfo`). Fields without a value at the moment are
+/// left out, as QEMU does.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct MigrationInfo {
+    /// The state; absent before the first migration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<MigrationStatus>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_desc: Option<String>,
+    /// From start to end, or so far, in ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_time: Option<u64>,
+    /// From start to the first page, in ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub setup_time: Option<u64>,
+    /// If the guest were stopped now, in ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expected_downtime: Option<u64>,
+    /// How long the guest stood still, in ms; once completed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime: Option<u64>,
+    /// By how much auto-converge slows the guest down, while it does.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u8>,
+    /// What became of RAM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ram: Option<MigrationStats>,
+    /// The XBZRLE cache, with capability `xbzrle`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub xbzrle_cache: Option<XbzrleCacheStats>,
+    /// Where a destination listens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_address: Option<Vec<SocketAddressInfo>>,
+}
+
+/// RAM's part of the report (`MigrationStats`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct MigrationStats {
+    /// Bytes sent on all channels.
+    pub transferred: u64,
+    /// Bytes of RAM still to be sent.
+    pub remaining: u64,
+    /// Bytes of RAM in all.
+    pub total: u64,
+    /// Zero *pages* sent (QMP's name for them).
+    pub duplicate: u64,
+    /// Pages sent with their content.
+    pub normal: u64,
+    /// Bytes of those.
+    pub normal_bytes: u64,
+    /// Pages the guest dirties in a second.
+    pub dirty_pages_rate: u64,
+    /// Megabits sent in a second.
+    pub mbps: f64,
+    /// How often the dirty log was taken.
+    pub dirty_sync_count: u64,
+    /// Pages the destination asked for in postcopy.
+    pub postcopy_requests: u64,
+    /// The target page, in bytes.
+    pub page_size: u64,
+    /// Bytes on multifd channels.
+    pub multifd_bytes: u64,
+    /// Pages sent in a second.
+    pub pages_per_second: u64,
+    /// Bytes sent while the guest ran at the source.
+    pub precopy_bytes: u64,
+    /// Bytes sent while it stood still.
+    pub downtime_bytes: u64,
+    /// Bytes sent after it ran at the destination.
+    pub postcopy_bytes: u64,
+    /// Zero-copy sends that copied after all.
+    pub dirty_sync_missed_zero_copy: u64,
+}
+
+/// The XBZRLE cache's part of the report (`XBZRLECacheStats`).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct XbzrleCacheStats {
+    /// The cache's size in bytes.
+    pub cache_size: u64,
+    /// Bytes sent as deltas.
+    pub bytes: u64,
+    /// Pages sent as deltas.
+    pub pages: u64,
+    /// Pages not found in the cache.
+    pub cache_miss: u64,
+    /// Of all pages looked for, the share not found, since the last take of the dirty log.
+    pub cache_miss_rate: f64,
+    /// Bytes of pages for each byte of delta.
+    pub encoding_rate: f64,
+    /// Pages whose delta was no smaller than the page.
+    pub overflow: u64,
+}
+
+/// Where a destination listens (`SocketAddress`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum SocketAddressInfo {
+    /// TCP.
+    Inet {
+        /// Address.
+        host: String,
+        /// Port, as text.
+        port: String,
+    },
+    /// A Unix socket.
+    Unix {
+        /// Its path.
+        path: String,
+    },
+    /// An inherited descriptor.
+    Fd {
+        /// Its number, as text.
+        str: String,
+    },
+}
+
+/// What happens to the guest and its migration, as QMP's events.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// `MIGRATION`: the state changed.
+    Migration(MigrationStatus),
+    /// `MIGRATION_PASS`: the dirty log was taken for the n-th time.
+    MigrationPass(u64),
+    /// `STOP`: the guest stands still.
+    Stop,
+    /// `RESUME`: it runs.
+    Resume,
+}

@@ -1,0 +1,82 @@
+//! What a VMM gives the engine.
+
+use std::error::Error;
+use std::fmt;
+
+use whimbrel_ram::GuestRam;
+use whimbrel_ram::dirty::DirtyLog;
+
+/// A virtual machine that can be moved.
+///
+/// The engine calls from its own threads and never holds a lock of its own across a call. What
+/// lock the VMM needs (its "big lock") it takes inside.
+pub trait Vm: Send + Sync {
+    /// The machine type's full versioned name. Source and destination must agree on it.
+    fn machine(&self) -> String;
+
+    /// The VM's UUID, sent and compared with capability `validate-uuid`.
+    fn uuid(&self) -> Option<[u8; 16]> {
+        None
+    }
+
+    /// Its RAM, the same blocks in the same order for as long as a migration runs.
+    fn ram(&self) -> &GuestRam;
+
+    /// What tells which pages the guest (and the VMM itself) writes.
+    fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// Stops the guest. When it returns, no vCPU runs and nothing writes guest RAM.
+    fn pause(&self) -> Result<(), VmError>;
+
+    /// Runs the guest, from where it was stopped or from the state loaded.
+    fn resume(&self) -> Result<(), VmError>;
+
+    /// The state of every device, vCPUs included, in the order in which it has to be loaded.
+    /// Called while the guest is stopped.
+    fn save(&self) -> Result<Vec<DeviceState>, VmError>;
+
+    /// Takes the state of every device, in the order in which it was saved. Called once, before
+    /// the guest first runs, after all of its RAM has arrived.
+    fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError>;
+
+    /// Slows the guest down: every vCPU runs for `100 - percent` of the time. 0 ends it.
+    fn throttle(&self, percent: u8) {
+        let _ = percent;
+    }
+}
+
+/// The state of one device, opaque to the engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceState {
+    /// The device (`idstr` on the wire), 1 to 255 bytes.
+    pub name: String,
+    /// Which one of that name.
+    pub instance_id: u32,
+    /// The version of the format of `bytes`: a VM refuses what is newer than it knows.
+    pub version_id: u32,
+    /// As the VMM wrote it.
+    pub bytes: Vec<u8>,
+}
+
+/// Why a VMM could not do what the engine asked for.
+#[derive(Debug)]
+pub struct VmError(Box<dyn Error + Send + Sync>);
+
+impl VmError {
+    /// An error of the VMM, or a text.
+    pub fn new(error: impl Into<Box<dyn Error + Send + Sync>>) -> VmError {
+        VmError(error.into())
+    }
+}
+
+impl fmt::Display for VmError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Error for VmError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        self.0.source()
+    }
+}

@@ -1,0 +1,176 @@
+//! Threads with a name, an owner that joins them, and a way to be woken.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+
+/// What a thread is for; gives it its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Drives a migration out of here.
+    SourceMain,
+    /// Drives a migration into here.
+    DestinationMain,
+}
+
+impl Role {
+    /// 15 bytes at most, or the kernel cuts it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Role::SourceMain => "source/main",
+            Role::DestinationMain => "dest/main",
+        }
+    }
+}
+
+/// Ends every wait of one migration. Cheap to clone; once set it stays set.
+#[derive(Clone, Debug)]
+pub(crate) struct Cancel {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    set: AtomicBool,
+    wake: OwnedFd,
+}
+
+/// What ended a wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Woken {
+    /// The descriptor is ready.
+    Ready,
+    /// The time is over.
+    TimedOut,
+    /// The migration is cancelled.
+    Cancelled,
+}
+
+impl Cancel {
+    pub(crate) fn new() -> io::Result<Cancel> {
+        let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Cancel { shared: Arc::new(Shared { set: AtomicBool::new(false), wake }) })
+    }
+
+    /// Wakes whatever waits, now and later.
+    pub(crate) fn set(&self) {
+        self.shared.set.store(true, Ordering::SeqCst);
+        // The counter is never read: the descriptor stays readable. A full counter is, too.
+        let _ = rustix::io::write(&self.shared.wake, &1u64.to_ne_bytes());
+    }
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.shared.set.load(Ordering::SeqCst)
+    }
+
+    /// Readable once it is set.
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.shared.wake.as_fd()
+    }
+
+    /// Waits until `fd` is ready for `what`, for `timeout` at most.
+    pub(crate) fn wait(
+        &self,
+        fd: BorrowedFd<'_>,
+        what: PollFlags,
+        timeout: Option<Duration>,
+    ) -> io::Result<Woken> {
+        let wake = self.shared.wake.as_fd();
+        let mut fds =
+            [PollFd::from_borrowed_fd(wake, PollFlags::IN), PollFd::from_borrowed_fd(fd, what)];
+        self.poll(&mut fds, timeout)
+    }
+
+    /// Waits for `time`, or until cancelled.
+    pub(crate) fn sleep(&self, time: Duration) -> io::Result<Woken> {
+        let mut fds = [PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN)];
+        self.poll(&mut fds, Some(time))
+    }
+
+    fn poll(&self, fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<Woken> {
+        let timeout = timeout.map(|time| Timespec {
+            tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX),
+            tv_nsec: time.subsec_nanos().into(),
+        });
+        loop {
+            match poll(fds, timeout.as_ref()) {
+                Ok(0) => return Ok(Woken::TimedOut),
+                Ok(_) if self.is_set() => return Ok(Woken::Cancelled),
+                Ok(_) => return Ok(Woken::Ready),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// A running thread. Dropping it wakes it and waits for its end.
+#[derive(Debug)]
+pub(crate) struct Worker {
+    handle: Option<JoinHandle<()>>,
+    cancel: Cancel,
+}
+
+impl Worker {
+    /// Starts `work` on a thread of its own; it must end soon after `cancel` is set.
+    pub(crate) fn start(
+        role: Role,
+        cancel: Cancel,
+        work: impl FnOnce() + Send + 'static,
+    ) -> io::Result<Worker> {
+        let handle = thread::Builder::new().name(role.name().into()).spawn(work)?;
+        Ok(Worker { handle: Some(handle), cancel })
+    }
+
+    /// Waits for its end without waking it.
+    pub(crate) fn join(mut self) {
+        self.wait();
+    }
+
+    fn wait(&mut self) {
+        if let Some(handle) = self.handle.take()
+            && handle.join().is_err()
+        {
+            // The panic's message is out already; the run's own guard has told its outcome.
+            self.cancel.set();
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.cancel.set();
+        self.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_fit_into_the_kernels_15_bytes() {
+        for role in [Role::SourceMain, Role::DestinationMain] {
+            assert!(role.name().len() <= 15);
+        }
+    }
+
+    #[test]
+    fn dropping_a_worker_wakes_it_and_joins_it() {
+        let cancel = Cancel::new().unwrap();
+        let inner = cancel.clone();
+        let ended = Arc::new(AtomicBool::new(false));
+        let flag = ended.clone();
+        let worker = Worker::start(Role::SourceMain, cancel, move || {
+            assert_eq!(inner.sleep(Duration::from_secs(3600)).unwrap(), Woken::Cancelled);
+            flag.store(true, Ordering::SeqCst);
+        });
+        drop(worker.unwrap());
+        assert!(ended.load(Ordering::SeqCst));
+    }
+}
