@@ -2,6 +2,7 @@
 //! found.
 
 use std::collections::VecDeque;
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -44,11 +45,14 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
 
     let (listed, list) = log.capture(fuzzer.command().arg("list"))?;
     ensure!(listed, "cargo fuzz list: {list}");
-    let all: Vec<&str> = list.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    // It lists the program that makes the seeds too.
+    let is_target = |name: &&str| workspace.path(&format!("fuzz/fuzz_targets/{name}.rs")).is_file();
+    let all: Vec<&str> = list.lines().map(str::trim).filter(is_target).collect();
+    ensure!(!all.is_empty(), "cargo fuzz lists no target: {list}");
     for target in &args.target {
         ensure!(all.contains(&target.as_str()), "no target {target:?}, only {}", all.join(", "));
     }
-    let (built, said) = log.capture(fuzzer.command().arg("build").args(fuzzer.target_folder()))?;
+    let (built, said) = log.capture(fuzzer.command().arg("build").args(fuzzer.build_options()))?;
     ensure!(built, "the targets do not build: {}", said.lines().last().unwrap_or_default());
 
     let wanted = all
@@ -126,8 +130,8 @@ impl Fuzzer {
         command
     }
 
-    fn target_folder(&self) -> [PathBuf; 2] {
-        ["--target-dir".into(), self.build.clone()]
+    fn build_options(&self) -> [OsString; 2] {
+        ["--target-dir".into(), self.build.clone().into()]
     }
 
     fn start(&self, workspace: &Workspace, name: &str, seconds: u64) -> Result<Target> {
@@ -136,7 +140,7 @@ impl Fuzzer {
         let child = self
             .command()
             .arg("run")
-            .args(self.target_folder())
+            .args(self.build_options())
             .arg(name)
             .arg("--")
             .arg(format!("-max_total_time={seconds}"))
