@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use whimbrel::VmError;
 use whimbrel_ram::{BlockError, PageSize};
 
 /// Why a reference VM could not be made. Each is one line that says what to do.
@@ -87,6 +88,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The vCPU threads did not come up.
+    #[error(transparent)]
+    Start(VmError),
     /// The kernel refused a thread.
     #[error("cannot start thread {name}: {source}")]
     Thread {

@@ -89,6 +89,8 @@ impl ReferenceVm {
         for cpu in 0..config.vcpus {
             vm.start_thread(cpu)?;
         }
+        // Once all have come to the gate, the VM is stopped for everyone to see.
+        vm.pause_cpus().map_err(Error::Start)?;
         Ok(Arc::new(vm))
     }
 
@@ -99,6 +101,16 @@ impl ReferenceVm {
         let thread = Builder::new().name(name.clone()).spawn(work);
         lock(&self.threads).push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
+    }
+
+    fn pause_cpus(&self) -> Result<(), VmError> {
+        match self.gate.close(PAUSE_LIMIT, || self.kick()) {
+            0 => Ok(()),
+            left => {
+                let limit = PAUSE_LIMIT.as_secs();
+                Err(VmError::new(format!("{left} vCPUs did not stop within {limit} s")))
+            }
+        }
     }
 
     /// What runs the vCPUs.
@@ -212,11 +224,7 @@ impl Vm for ReferenceVm {
 
     fn pause(&self) -> Result<(), VmError> {
         let mut phase = lock(&self.phase);
-        let left = self.gate.close(PAUSE_LIMIT, || self.kick());
-        if left > 0 {
-            let limit = PAUSE_LIMIT.as_secs();
-            return Err(VmError::new(format!("{left} vCPUs did not stop within {limit} s")));
-        }
+        self.pause_cpus()?;
         if *phase == Phase::Running {
             *phase = Phase::Stopped;
         }
