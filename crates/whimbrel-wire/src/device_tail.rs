@@ -20,7 +20,7 @@ const PING_LEN: usize = 9;
 
 /// Most possible ends that are waited for at a time, or have turned out to be none. State made
 /// to hold more of them is not worth the time.
-const CANDIDATES_MAX: usize = 64;
+const CANDIDATES_MAX: usize = 16;
 
 /// Collects device state until its end is certain.
 #[derive(Debug)]

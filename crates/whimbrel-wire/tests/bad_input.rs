@@ -293,17 +293,17 @@ fn commands() {
     before.clone().bytes(&[8, 0, 2, 0, 5]).fails(
         &before,
         3,
-        "command PING: expected 4 bytes of payload, found 5",
+        "command PING: expected a payload of 4 bytes, found 5 bytes",
     );
     before.clone().bytes(&[8, 0, 3, 0, 8]).fails(
         &before,
         3,
-        "command POSTCOPY_ADVISE: expected 16 or 0 bytes of payload, found 8",
+        "command POSTCOPY_ADVISE: expected a payload of 16 or 0 bytes, found 8 bytes",
     );
     before.clone().bytes(&[8, 0, 6, 0, 19]).fails(
         &before,
         3,
-        "command POSTCOPY_RAM_DISCARD: expected 20 or more bytes of payload, found 19",
+        "command POSTCOPY_RAM_DISCARD: expected a payload of 20 bytes or more, found 19 bytes",
     );
     before.clone().bytes(&[8, 0, 6, 0xff, 0xff]).fails(
         &before,
@@ -313,7 +313,7 @@ fn commands() {
     before.clone().bytes(&[8, 0, 10, 0, 4, 9, 1, 1, 1]).fails(
         &before,
         3,
-        "command RECV_BITMAP: expected the length of its fields bytes of payload, found 4",
+        "command RECV_BITMAP: expected a payload of as many bytes as its fields have, found 4 bytes",
     );
 }
 
