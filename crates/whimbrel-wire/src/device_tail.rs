@@ -328,6 +328,22 @@ mod tests {
     }
 
     #[test]
+    fn a_ping_behind_a_footer_is_seen_while_the_source_waits() {
+        let mut all = Vec::new();
+        section(1, b"abc").encode(&mut all);
+        Command::Ping(0x1234).encode(&mut all);
+        let mut tail = DeviceTail::new(0, 1 << 16);
+        for byte in &all {
+            assert_eq!(tail.ends_with_ping(), None);
+            assert_eq!(tail.feed(&[*byte]), Ok((1, None)));
+        }
+        assert_eq!(tail.ends_with_ping(), Some(0x1234));
+        tail.feed(&[mark::EOF]).unwrap();
+        assert_eq!(tail.ends_with_ping(), None);
+        assert_eq!(tail.finish_at_close().unwrap().commands, [(1, Command::Ping(0x1234))]);
+    }
+
+    #[test]
     fn no_more_than_the_limit_is_held() {
         let mut tail = DeviceTail::new(0, 100);
         assert_eq!(tail.feed(&[1; 60]), Ok((60, None)));

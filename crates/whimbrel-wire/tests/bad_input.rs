@@ -639,3 +639,23 @@ fn recovery_needs_a_postcopy() {
     let error = decoder.decode(&early).unwrap_err();
     assert_eq!(error.to_string(), "byte 0: section 2 comes before POSTCOPY_RESUME");
 }
+
+#[test]
+fn words_of_colo() {
+    let read = |words: &[u32]| {
+        let mut stream = Stream::with_ram().end().with(encode_eof);
+        words.iter().for_each(|word| stream.0.extend_from_slice(&word.to_be_bytes()));
+        let before = stream.0.len() as u64;
+        let error = stream.read_with(MainOptions { colo: true, ..MainOptions::default() });
+        error.map(|_| ()).map_err(|error| (before - error.offset, error.kind.to_string()))
+    };
+    assert_eq!(read(&[1, 3]), Ok(()));
+    let wrong = |text: &str| Err((4, text.to_owned()));
+    assert_eq!(read(&[9]), wrong("expected a COLO message of 0 to 6, found 0x9"));
+    assert_eq!(read(&[5]), wrong("expected CHECKPOINT_REQUEST (1), found 0x5"));
+    assert_eq!(read(&[1, 1]), wrong("expected VMSTATE_SEND (3), found 0x1"));
+    // A checkpoint is RAM's end and the end mark: nothing else.
+    let part = Stream::with_ram().end().with(encode_eof).word(1 << 32 | 3).part();
+    let error = part.read_with(MainOptions { colo: true, ..MainOptions::default() }).unwrap_err();
+    assert_eq!(error.kind.to_string(), "section 2 is not part of a checkpoint");
+}
