@@ -173,7 +173,8 @@ impl Incoming {
             ram.find(name).map(|(index, _)| index).expect("the host took every block announced")
         };
         let blocks = announced.iter().map(|(_, info)| place(info)).collect();
-        self.placing = Some(Placing::new(ram.clone(), blocks, host.ram_is_fresh()));
+        let placing = Placing::new(ram.clone(), blocks, host.ram_is_fresh());
+        self.placing = Some(placing.populating_ahead()?);
         Ok(())
     }
 

@@ -8,3 +8,4 @@ pub(crate) mod incoming;
 mod input;
 pub(crate) mod live;
 mod placing;
+mod populate;

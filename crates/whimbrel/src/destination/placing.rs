@@ -2,12 +2,16 @@
 
 use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, TARGET_PAGE, TargetPage};
 
+use super::populate::Populate;
 use crate::error::Error;
 
 const PAGE: usize = TARGET_PAGE.bytes();
 
 /// Pages in a row after which the next ones are expected to follow, too.
 const ROW: u32 = 32;
+
+/// After so many pages in a row the thread that populates memory is told where the stream is.
+const FOLLOW: u32 = 256;
 
 /// A page: where the stream says it belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +34,7 @@ pub(super) struct Placing {
     fresh: bool,
     last: Option<Place>,
     in_a_row: u32,
+    populate: Option<Populate>,
 }
 
 impl Placing {
@@ -39,7 +44,13 @@ impl Placing {
             vec![0; usize::try_from(pages.div_ceil(64)).expect("RAM fits in memory")]
         };
         let received = blocks.iter().map(words).collect();
-        Placing { ram, blocks, received, fresh, last: None, in_a_row: 0 }
+        Placing { ram, blocks, received, fresh, last: None, in_a_row: 0, populate: None }
+    }
+
+    /// Has memory taken from the host ahead of the pages that come.
+    pub(super) fn populating_ahead(mut self) -> Result<Placing, Error> {
+        self.populate = Some(Populate::start(self.ram.clone())?);
+        Ok(self)
     }
 
     pub(super) fn block(&self, place: Place) -> &RamBlock {
@@ -63,6 +74,17 @@ impl Placing {
         let follows = self.last.is_some_and(|last| next(last) == place);
         self.in_a_row = if follows { self.in_a_row.saturating_add(1) } else { 0 };
         self.last = Some(place);
+        if self.in_a_row >= ROW && self.in_a_row.is_multiple_of(FOLLOW) {
+            self.follow(place);
+        }
+    }
+
+    fn follow(&mut self, place: Place) {
+        let index = self.blocks[place.block];
+        let len = self.ram.block(index).len();
+        if let Some(populate) = &mut self.populate {
+            populate.follow(index, len, place.offset, u64::from(self.in_a_row) * PAGE as u64);
+        }
     }
 
     /// A page is zero. Untouched memory stays untouched.
