@@ -119,11 +119,12 @@ impl Inspect {
                 return Err(self.failure(&Fault::truncated(at, expected)));
             }
         }
-        Kind::of(source.pending()).ok_or_else(|| {
-            self.failure(
-                &"byte 0: expected the start of a migration stream or of a kept VM, found \
-                           something else; tell what it is with --as if you know better",
-            )
+        let first = &source.pending()[..ChannelKind::BYTES];
+        Kind::of(first).ok_or_else(|| {
+            self.failure(&format!(
+                "byte 0: expected the start of a migration stream or of a kept VM, found {first:02x?}: \
+                 this is neither"
+            ))
         })
     }
 
@@ -147,6 +148,9 @@ impl Inspect {
         let mut pages = PageList::new(out, format);
         let mut report = self.report(kind);
         report.error = self.read(source, kind, &mut report, &mut pages).err();
+        if let Some(fault) = report.error.as_mut().filter(|_| report.bytes == 0) {
+            fault.message.push_str(": is this a migration stream or a kept VM?");
+        }
         let mut out = pages.finish()?;
         match (self.json, format) {
             (true, Format::Json) => {
@@ -162,6 +166,8 @@ impl Inspect {
                 writeln!(out)?;
                 text::write(&report, &mut out)?;
             }
+            // Nothing was understood: the error says all there is.
+            (false, _) if report.bytes == 0 && report.error.is_some() => {}
             (false, _) => text::write(&report, &mut out)?,
         }
         out.flush()?;

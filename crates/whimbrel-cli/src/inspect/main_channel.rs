@@ -31,8 +31,8 @@ pub(super) struct MainChannel<'r, W> {
     open: Option<Section>,
     /// A word of COLO has come: more of them may follow the end.
     colo: bool,
-    /// Where the device state at the end begins.
-    state_at: u64,
+    /// Where the device state at the end begins, while it is collected.
+    state_at: Option<u64>,
 }
 
 /// What came right before, as far as it can go on.
@@ -58,7 +58,7 @@ impl<'r, W: Write> MainChannel<'r, W> {
         } else {
             MainDecoder::new(options)
         };
-        let (last, state_at) = (Last::Other, 0);
+        let (last, state_at) = (Last::Other, None);
         MainChannel {
             source,
             report,
@@ -82,8 +82,22 @@ impl<'r, W: Write> MainChannel<'r, W> {
             self.close_section(section);
         }
         self.name_learned_blocks();
-        outcome?;
-        self.close()
+        match outcome {
+            Ok(()) => self.close(),
+            Err(fault) => {
+                Self::note_cut_state(self.report, self.state_at);
+                Err(fault)
+            }
+        }
+    }
+
+    /// QEMU's device state is told apart only when all of it has come: of less than that, the
+    /// place and the length are all there is to show.
+    fn note_cut_state(report: &mut Report, begins: Option<u64>) {
+        let Some(begins) = begins else { return };
+        let mut entry = Entry::new("device state that cannot be told apart", begins);
+        entry.bytes = Some(report.bytes - begins);
+        report.message(entry, false);
     }
 
     fn read_messages(&mut self) -> Result<(), Fault> {
@@ -109,10 +123,12 @@ impl<'r, W: Write> MainChannel<'r, W> {
         let (at, own_end) = (decoder.offset(), decoder.is_complete());
         let state = match (source.pending().first(), own_end && !colo) {
             (Some(found), true) => return Err(Fault::trailing(at, *found)),
-            _ => decoder.close(source.pending())?,
+            _ => decoder.close(source.pending()).inspect_err(|_| {
+                Self::note_cut_state(report, state_at);
+            })?,
         };
         if let Some(state) = state {
-            let eof = device_state::note(report, &state, state_at, None);
+            let eof = device_state::note(report, &state, state_at.unwrap_or(at), None);
             report.message(Entry::new("EOF", eof), false);
         }
         report.complete = true;
@@ -147,13 +163,14 @@ impl<'r, W: Write> MainChannel<'r, W> {
                 }
             }
             Decoded::PackageFollows { len } => self.package(at, len)?,
-            Decoded::DeviceStateBegins => self.state_at = at,
+            Decoded::DeviceStateBegins => self.state_at = Some(at),
             Decoded::DeviceSection(section) => {
                 let bytes = section.payload.len() as u64;
                 self.report.section(Section::device(&section.header, bytes, at));
             }
             Decoded::DeviceState(state) => {
-                let eof = device_state::note(self.report, &state, self.state_at, None);
+                let begins = self.state_at.take().unwrap_or(at);
+                let eof = device_state::note(self.report, &state, begins, None);
                 self.report.message(Entry::new("EOF", eof), false);
                 if let Some(json) = &state.vmdesc {
                     let at = self.decoder.offset() - json.len() as u64;

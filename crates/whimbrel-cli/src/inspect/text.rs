@@ -110,12 +110,17 @@ fn section_line(section: &Section, name_width: usize) -> String {
     if let Some(ram) = section.ram {
         let times = if *count > 1 { format!(" x{count}") } else { String::new() };
         let kind = section.kind;
-        return format!("section {name}: {kind}{times}, id {id}, {}: {}", size(*bytes), pages(ram));
+        let pages = match kind {
+            "start" if ram.is_empty() => "the list of RAM blocks".to_owned(),
+            _ => pages(ram),
+        };
+        return format!("section {name}: {kind}{times}, id {id}, {}: {}", size(*bytes), pages);
     }
     let (instance, version) = (section.instance_id.unwrap_or(0), section.version_id.unwrap_or(0));
     let indent = if section.inside.is_some() { "  " } else { "" };
     let mut line = format!(
-        "{indent}device {name:name_width$}  instance {instance}, version {version}, {bytes} bytes"
+        "{indent}device {name:name_width$}  instance {instance}, version {version}, {}",
+        plural(*bytes, "byte")
     );
     for field in section.fields.iter().flatten() {
         let times = field.array_len.map_or_else(String::new, |len| format!(" x{len}"));
