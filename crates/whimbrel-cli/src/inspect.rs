@@ -7,6 +7,7 @@ mod command;
 mod description;
 mod device_state;
 mod feed;
+mod kept_block;
 mod main_channel;
 mod multifd;
 mod pages;

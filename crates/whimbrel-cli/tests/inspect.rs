@@ -1,10 +1,16 @@
 //! `whimbrel inspect` as a user runs it: on every golden file, and on damaged ones.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
+use whimbrel_wire::{
+    BlockInfo, BlockList, BlockOffset, Configuration, DeviceSection, FileHeader, Name,
+    RecordEncoder, SectionHeader, SectionId, encode_end_of_section, encode_eof,
+    encode_vm_description, vmdesc,
+};
 
 fn golden_directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../whimbrel-wire/tests/golden")
@@ -270,6 +276,21 @@ fn a_kept_vm_is_read_by_seeking_and_from_a_pipe() {
     assert_eq!(from_file["mapped-ram"], true);
 }
 
+/// A bitmap is of whole words, and may not tell of pages that the block has not.
+#[test]
+fn a_page_beyond_its_kept_block_is_told() {
+    let mut bytes = raw("mapped-ram-10.0.2.file");
+    let report = json_of(&inspect(&golden("mapped-ram-10.0.2.file"), &["--json"]));
+    let blocks = list(&report, "blocks");
+    let bios = blocks.iter().find(|block| block["name"] == "pc.bios").unwrap();
+    assert_eq!(bios["length"], 16 * 4096);
+    let bitmap = usize::try_from(bios["mapped-ram"]["bitmap-offset"].as_u64().unwrap()).unwrap();
+    bytes[bitmap + 2] = 2;
+    let line = error_line(&inspect_bytes(&bytes, &["--json"]));
+    let expected = format!("byte {}: RAM block \"pc.bios\"", bitmap + 2);
+    assert!(line.contains(&expected) && line.contains("found page 17"), "{line}");
+}
+
 #[test]
 fn pages_are_listed_as_runs() {
     let report = json_of(&inspect(&golden("xbzrle-10.0.2.stream"), &["--json", "--pages"]));
@@ -398,4 +419,73 @@ fn a_cut_compressed_file_is_told() {
     let packed = std::fs::read(golden("precopy-10.0.2.stream")).unwrap();
     let line = error_line(&inspect_bytes(&packed[..packed.len() / 2], &["--json"]));
     assert!(line.contains("cannot be read from here on"), "{line}");
+}
+
+fn name(text: &str) -> Name {
+    Name::new(text).unwrap()
+}
+
+/// A stream as whimbrel's own machines send it, with a block of this name.
+fn own_stream(block: &str) -> Vec<u8> {
+    let mut out = Vec::new();
+    FileHeader.encode(&mut out);
+    Configuration::new(name("whimbrel-1")).encode(&mut out);
+    let header = |id, of: &str, version_id| SectionHeader {
+        id: SectionId(id),
+        name: name(of),
+        instance_id: 0,
+        version_id,
+    };
+    let blocks = BlockList::new([BlockInfo::new(name(block), 0x4000)]).unwrap();
+    let index = blocks.find(block.as_bytes()).unwrap();
+    header(1, "ram", 4).encode_start(&mut out);
+    blocks.encode(&mut out);
+    encode_end_of_section(&mut out);
+    SectionId(1).encode_footer(&mut out);
+    SectionId(1).encode_end(&mut out);
+    let mut records = RecordEncoder::new(std::sync::Arc::new(blocks));
+    records.zero_page(index, BlockOffset(0), &mut out);
+    records.page_header(index, BlockOffset(0x1000), &mut out);
+    out.extend_from_slice(&[7; 4096]);
+    encode_end_of_section(&mut out);
+    SectionId(1).encode_footer(&mut out);
+    let sections = [
+        DeviceSection::with_own_length(header(2, "cpu", 1), &[1; 300]),
+        DeviceSection::with_own_length(header(3, "serial", 1), &[2; 12]),
+    ];
+    sections.iter().for_each(|section| section.encode(&mut out));
+    encode_eof(&mut out);
+    encode_vm_description(&vmdesc::describe(4096, &sections), &mut out);
+    out
+}
+
+#[test]
+fn a_machine_of_our_own_is_shown() {
+    let bytes = own_stream("ram0");
+    let output = inspect_bytes(&bytes, &["--json", "--devices"]);
+    assert!(output.status.success(), "{output:?}");
+    let report = json_of(&output);
+    assert_eq!(report["machine"], "whimbrel-1");
+    let (cpu, serial) = (("cpu".to_owned(), 0, 1), ("serial".to_owned(), 0, 1));
+    assert_eq!(devices(&report), [cpu, serial]);
+    assert_eq!(report["vm-description"]["devices"], 2);
+    let serial = list(&report, "sections").last().unwrap();
+    assert_eq!(serial["bytes"], 16);
+    assert_eq!(serial["fields"][1]["size"], 12);
+    // Its device sections tell their own length, so that those before a cut are shown.
+    let cut = bytes.len() - vmdesc::describe(4096, &[]).len() - 400;
+    let output = inspect_bytes(&bytes[..cut], &["--json"]);
+    error_line(&output);
+    assert!(!devices(&json_of(&output)).is_empty(), "{output:?}");
+}
+
+/// Names are a peer's to choose: they must not write to the terminal.
+#[test]
+fn names_cannot_write_to_a_terminal() {
+    for arguments in [&["--pages"][..], &["--json", "--pages"]] {
+        let output = inspect_bytes(&own_stream("\u{1b}[2J\nram"), arguments);
+        assert!(output.status.success());
+        assert!(!output.stdout.contains(&0x1b));
+        assert!(text_of(&output).contains("u{1b}[2J"), "{}", text_of(&output));
+    }
 }

@@ -1,5 +1,7 @@
 //! The description of the device state: how many devices it tells of, and `--devices`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use whimbrel_wire::VmDescription;
 
@@ -63,15 +65,15 @@ pub(super) fn note(
         offset,
         message: format!("expected the fields of the devices, found {error}"),
     })?;
-    for device in document.devices {
-        let of_device = report.sections.iter_mut().find(|section| {
-            section.name == device.name && section.instance_id == Some(device.instance_id)
-        });
-        if let Some(section) = of_device {
-            let mut all = device.fields;
-            device.subsections.into_iter().for_each(|one| flatten(one, "", &mut all));
-            section.fields = Some(all);
-        }
+    let devices = document.devices.into_iter();
+    let mut devices: BTreeMap<_, _> =
+        devices.map(|device| ((device.name.clone(), device.instance_id), device)).collect();
+    for section in &mut report.sections {
+        let Some(instance) = section.instance_id else { continue };
+        let Some(device) = devices.remove(&(section.name.clone(), instance)) else { continue };
+        let mut all = device.fields;
+        device.subsections.into_iter().for_each(|one| flatten(one, "", &mut all));
+        section.fields = Some(all);
     }
     Ok(())
 }

@@ -4,13 +4,14 @@ use std::io::Write;
 
 use whimbrel_wire::{
     BlockIndex, BlockList, ColoMessage, Configuration, Decoded, MainDecoder, MainOptions,
-    RamRecord, SectionId, mapped_ram, page_bitmap,
+    RamRecord, SectionId,
 };
 
 use super::command;
 use super::description;
 use super::device_state;
 use super::feed::{self, Fault};
+use super::kept_block::Bitmap;
 use super::pages::PageList;
 use super::report::{Block, Entry, Report, Section};
 use super::source::Source;
@@ -200,35 +201,24 @@ impl<'r, W: Write> MainChannel<'r, W> {
     fn mapped_block(&mut self, index: BlockIndex) -> Result<(), Fault> {
         let blocks = self.decoder.blocks_so_far();
         let info = blocks.get(index).expect("the block just announced").clone();
-        let places: mapped_ram::MappedRamHeader =
-            info.mapped_ram.expect("a block of a mapped-ram file has its places");
+        let places = info.mapped_ram.expect("a block of a mapped-ram file has its places");
         let mut block = Block::announced(&info);
-        let page = self.decoder.target_page();
+        let mut bitmap = Bitmap::new(&info, places, self.decoder.target_page());
         let to_bitmap = places.bitmap_offset - self.decoder.offset();
-        let (bitmap, rest) = ("the bitmap of a RAM block", "the pages of a RAM block");
-        feed::skip_some(self.source, &mut self.decoder, to_bitmap, bitmap)?;
-        let mut number = 0;
-        let len = page_bitmap::bitmap_len(info.used_length, page);
-        let (pages, mut present) = (&mut *self.pages, 0_u64);
-        let outcome = feed::take(self.source, &mut self.decoder, len, bitmap, |piece| {
-            present += piece.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
-            if !pages.is_quiet() {
-                for bit in 0..8 * piece.len() as u64 {
-                    if page_bitmap::is_set(piece, bit) {
-                        let offset = whimbrel_wire::BlockOffset((number + bit) * page.size());
-                        let place = places.pages_offset.saturating_add(offset.0);
-                        pages.add("normal", (&info.name, offset, page.size()), place);
-                    }
-                }
-            }
-            number += 8 * piece.len() as u64;
+        let what = "the bitmap of a RAM block";
+        feed::skip_some(self.source, &mut self.decoder, to_bitmap, what)?;
+        let pages = &mut *self.pages;
+        let len = bitmap.len();
+        let outcome = feed::take(self.source, &mut self.decoder, len, what, |piece| {
+            bitmap.piece(piece, pages);
         });
         if let Some(places) = &mut block.mapped_ram {
-            places.present = present;
+            places.present = bitmap.present;
         }
         self.report.blocks.push(block);
         outcome?;
-        feed::skip(self.source, &mut self.decoder, rest)
+        bitmap.check()?;
+        feed::skip(self.source, &mut self.decoder, "the pages of a RAM block")
     }
 
     fn announced(&mut self, blocks: &BlockList) {
