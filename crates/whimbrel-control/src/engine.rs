@@ -1,7 +1,9 @@
 //! The engine behind the server: every command of a migration, as [`Migrator`] does it.
 
+use std::fmt;
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
 use whimbrel::{
     Address, Capabilities, Capability, MigrationInfo, MigrationStatus, Migrator, Parameters,
     RunState,
@@ -10,21 +12,66 @@ use whimbrel::{
 use crate::backend::{Backend, EventListener, ParameterChange, Subscription};
 use crate::error::QmpError;
 
-/// A [`Backend`] on a [`Migrator`], with commands of the VMM's own left out: a VMM that has some
-/// (or that wants to end on `quit`) wraps it.
-#[derive(Clone, Debug)]
+/// What a command of the VMM's own does with its arguments.
+type Command = Box<dyn Fn(&Map<String, Value>) -> Result<Value, QmpError> + Send + Sync>;
+
+/// A [`Backend`] on a [`Migrator`]. What is the VMM's to do, its commands and its end, it is told.
 pub struct MigratorBackend {
     migrator: Arc<Migrator>,
+    name: Option<String>,
+    quit: Option<Box<dyn Fn() + Send + Sync>>,
+    commands: Vec<(String, Command)>,
 }
 
 impl MigratorBackend {
     /// Acts on `migrator`.
     pub fn new(migrator: Arc<Migrator>) -> MigratorBackend {
-        MigratorBackend { migrator }
+        MigratorBackend { migrator, name: None, quit: None, commands: Vec::new() }
+    }
+
+    /// With a name, for `query-name`.
+    #[must_use]
+    pub fn with_name(mut self, name: impl Into<String>) -> MigratorBackend {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// With `quit` called on `quit`, after the migration under way has been told to end. It only
+    /// causes the end, and does not wait for it: see [`Backend::quit`].
+    #[must_use]
+    pub fn on_quit(mut self, quit: impl Fn() + Send + Sync + 'static) -> MigratorBackend {
+        self.quit = Some(Box::new(quit));
+        self
+    }
+
+    /// With a command of the VMM's own, which has to judge its arguments itself. Its name should
+    /// begin with `x-`.
+    #[must_use]
+    pub fn with_command(
+        mut self,
+        name: impl Into<String>,
+        command: impl Fn(&Map<String, Value>) -> Result<Value, QmpError> + Send + Sync + 'static,
+    ) -> MigratorBackend {
+        self.commands.push((name.into(), Box::new(command)));
+        self
+    }
+}
+
+impl fmt::Debug for MigratorBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MigratorBackend")
+            .field("migrator", &self.migrator)
+            .field("name", &self.name)
+            .field("commands", &self.extra_commands())
+            .finish_non_exhaustive()
     }
 }
 
 impl Backend for MigratorBackend {
+    fn name(&self) -> Option<String> {
+        self.name.clone()
+    }
+
     fn run_state(&self) -> RunState {
         self.migrator.run_state()
     }
@@ -37,9 +84,11 @@ impl Backend for MigratorBackend {
         self.migrator.cont().map_err(QmpError::generic)
     }
 
-    /// Ends the migration under way; ending the process is the VMM's.
     fn quit(&self) {
         self.migrator.cancel();
+        if let Some(quit) = &self.quit {
+            quit();
+        }
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -55,16 +104,15 @@ impl Backend for MigratorBackend {
     }
 
     fn update_parameters(&self, change: ParameterChange<'_>) -> Result<(), QmpError> {
-        let mut refused = Ok(());
-        let changed = self.migrator.update_parameters(|parameters| {
+        let mut outcome = Ok(());
+        let checked = self.migrator.update_parameters(|parameters| {
             let before = parameters.clone();
-            refused = change(parameters);
-            if refused.is_err() {
+            outcome = change(parameters);
+            if outcome.is_err() {
                 *parameters = before;
             }
         });
-        refused?;
-        changed.map_err(QmpError::generic)
+        outcome.and(checked.map_err(QmpError::generic))
     }
 
     fn migrate(&self, destination: Address) -> Result<(), QmpError> {
@@ -91,5 +139,18 @@ impl Backend for MigratorBackend {
     fn subscribe(&self, listener: EventListener) -> Subscription {
         let subscription = self.migrator.subscribe(listener);
         Subscription::new(move || drop(subscription))
+    }
+
+    fn extra_commands(&self) -> Vec<String> {
+        self.commands.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    fn extra(
+        &self,
+        command: &str,
+        arguments: &Map<String, Value>,
+    ) -> Option<Result<Value, QmpError>> {
+        let (_, run) = self.commands.iter().find(|(name, _)| name == command)?;
+        Some(run(arguments))
     }
 }

@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use kvm_ioctls::Kvm;
 use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
 
 use crate::config::{AccelChoice, Config};
-use crate::dirty::{Marks, OwnWrites};
+use crate::dirty;
 use crate::error::Error;
 use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
@@ -22,25 +23,30 @@ pub(crate) struct Made {
     pub(crate) dirty_name: &'static str,
 }
 
-/// Makes what the configuration asks for.
+/// Opens KVM, when it is asked for, or usable and not declined.
+pub(crate) fn open(choice: AccelChoice) -> Result<Option<Kvm>, Error> {
+    match choice {
+        AccelChoice::Native => Ok(None),
+        AccelChoice::Kvm => kvm::open().map(Some),
+        AccelChoice::Auto => Ok(kvm::open().ok()),
+    }
+}
+
+/// Makes what the configuration asks for, on `kvm` or natively.
 pub(crate) fn make(
     config: &Config,
+    kvm: Option<&Kvm>,
     ram: &GuestRam,
     layout: &Arc<Layout>,
     serial: &Arc<SerialPort>,
     gaps: &Arc<[Gap]>,
 ) -> Result<Made, Error> {
-    let kvm = match config.accel {
-        AccelChoice::Native => None,
-        AccelChoice::Kvm => Some(kvm::open()?),
-        AccelChoice::Auto => kvm::open().ok(),
-    };
-    let own = Arc::new(OwnWrites::new(ram));
     if let Some(kvm) = kvm {
-        let machine = KvmMachine::new(&kvm, ram, layout, serial, gaps)?;
-        return Ok(Made { machine: Arc::new(machine), dirty: own, dirty_name: "own-writes" });
+        let machine = KvmMachine::new(kvm, ram, layout, serial, gaps, config.dirty)?;
+        let (dirty, dirty_name) = machine.dirty_log();
+        return Ok(Made { machine: Arc::new(machine), dirty, dirty_name });
     }
-    let marks = Marks(Some(Arc::clone(&own)));
+    let (dirty, dirty_name, marks) = dirty::for_native(config.dirty, ram)?;
     let machine = Arc::new(NativeMachine::new(ram, layout, marks, serial, gaps));
-    Ok(Made { machine, dirty: own, dirty_name: "own-writes" })
+    Ok(Made { machine, dirty, dirty_name })
 }

@@ -30,7 +30,7 @@ pub(crate) fn build(ram: &GuestRam, layout: &Layout, fill: Fill) -> Result<(), B
         block.write(layout.page_offset(number), &page.0)?;
     }
     if fill == Fill::Random {
-        for offset in layout.rest().step_by(PAGE_BYTES as usize) {
+        for offset in layout.rest().step_by(page.0.len()) {
             page.write(Constants::MMIX, seed, FILL_NUMBERS + offset / PAGE_BYTES, 0);
             block.write(offset, &page.0)?;
         }
@@ -74,7 +74,7 @@ fn zipf_picks(layout: &Layout) -> Vec<u8> {
     // Popularity is strewn over the working set by a full-period step through the pages.
     let step = (1..).map(|k| pages * 5 / 8 + k).find(|&s| gcd(s, pages) == 1).expect("pages + 1");
     let total: f64 = (1..=pages).map(|k| 1.0 / k as f64).sum();
-    let mut picks = Vec::with_capacity(PICKS as usize * 4);
+    let mut picks = Vec::new();
     let (mut rank, mut reached) = (0u64, 1.0);
     for at in 0..PICKS {
         // The rank at which the sum of weights passes the middle of this entry's share.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use whimbrel_ram::{GuestRam, PageSize, RamBlock};
+use whimbrel_ram::{GuestRam, PageSize, RamBlock, Sharing};
 
 use crate::config::Config;
 use crate::error::{Error, Size};
@@ -12,14 +12,21 @@ use crate::layout::{FIRMWARE_ADDRESS, FIRMWARE_BYTES, FIRMWARE_NAME, RAM_ADDRESS
 /// Maps the VM's blocks.
 pub(crate) fn map(config: &Config) -> Result<GuestRam, Error> {
     check(config)?;
-    let memory = RamBlock::anonymous(RAM_NAME, RAM_ADDRESS, config.memory)?;
-    let firmware = RamBlock::anonymous(FIRMWARE_NAME, FIRMWARE_ADDRESS, FIRMWARE_BYTES)?;
+    let Config { memory, page_size, shared, .. } = *config;
+    let sharing = if shared { Sharing::Shared } else { Sharing::Private };
+    let block = |name, address, len, page| {
+        if shared || page > PageSize::SIZE_4K {
+            RamBlock::memfd(name, address, len, page, sharing)
+        } else {
+            RamBlock::anonymous(name, address, len)
+        }
+    };
+    let memory = block(RAM_NAME, RAM_ADDRESS, memory, page_size)?;
+    let firmware = block(FIRMWARE_NAME, FIRMWARE_ADDRESS, FIRMWARE_BYTES, PageSize::SIZE_4K)?;
     let ram = GuestRam::new(vec![memory, firmware]);
     if config.prefault {
         for (_, block) in ram.blocks() {
-            for offset in (0..block.len()).step_by(PageSize::SIZE_4K.bytes()) {
-                block.store_u64(offset, 0)?;
-            }
+            block.populate(0, block.len())?;
         }
     }
     Ok(ram)

@@ -202,6 +202,32 @@ mod tests {
     }
 
     #[test]
+    fn a_file_gets_what_the_buffer_gets() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial.log");
+        for line in ["one", "two"] {
+            let port = SerialPort::new(&SerialOutput::File(path.clone())).unwrap();
+            port.print(line);
+            assert_eq!(port.text(), format!("{line}\n"));
+        }
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one\ntwo\n");
+        let nowhere = SerialOutput::File(folder.path().join("none/serial.log"));
+        let error = SerialPort::new(&nowhere).unwrap_err().to_string();
+        assert!(error.ends_with("serial.log: No such file or directory (os error 2)"), "{error}");
+    }
+
+    #[test]
+    fn only_the_latest_output_is_kept() {
+        let port = SerialPort::new(&SerialOutput::Buffer).unwrap();
+        for number in 0..20_000 {
+            port.print(&number.to_string());
+        }
+        let text = port.text();
+        assert_eq!(text.len(), KEPT);
+        assert!(text.ends_with("19998\n19999\n"));
+    }
+
+    #[test]
     fn an_overfull_input_is_refused() {
         let mut writer = Writer::new();
         writer.bytes(REGISTERS, &[0; 9]);

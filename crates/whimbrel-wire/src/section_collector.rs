@@ -41,7 +41,18 @@ impl SectionCollector {
     pub(crate) fn feed(&mut self, input: &[u8]) -> Result<(usize, Option<DeviceSection>), Error> {
         match self.end {
             End::Footer { scanned } => self.feed_to_footer(input, scanned),
-            End::OwnLength(end) => self.feed_to_length(input, end),
+            End::OwnLength(None) => {
+                let taken = self.feed_length(input)?;
+                match self.end {
+                    End::OwnLength(Some(end)) => {
+                        let rest = input.get(taken..).unwrap_or_default();
+                        let (more, section) = self.feed_to_length(rest, end)?;
+                        Ok((taken + more, section))
+                    }
+                    End::OwnLength(None) | End::Footer { .. } => Ok((taken, None)),
+                }
+            }
+            End::OwnLength(Some(end)) => self.feed_to_length(input, end),
         }
     }
 
@@ -81,26 +92,30 @@ impl SectionCollector {
         Ok((self.bytes.len() - before, None))
     }
 
-    fn feed_to_length(
-        &mut self,
-        input: &[u8],
-        end: Option<usize>,
-    ) -> Result<(usize, Option<DeviceSection>), Error> {
-        let want = end.unwrap_or(OWN_LENGTH) - self.bytes.len();
-        let taken = input.get(..want).unwrap_or(input);
+    /// Takes the length that the payload begins with; returns how many bytes that were.
+    fn feed_length(&mut self, input: &[u8]) -> Result<usize, Error> {
+        let taken = input.get(..OWN_LENGTH - self.bytes.len()).unwrap_or(input);
         self.bytes.extend_from_slice(taken);
-        if taken.len() < want {
-            return Ok((taken.len(), None));
-        }
-        let Some(end) = end else {
-            let len = self.bytes.iter().fold(0_u64, |len, byte| len << 8 | u64::from(*byte));
-            let len = usize::try_from(len).unwrap_or(usize::MAX);
+        if let Some(len) = self.bytes.first_chunk::<OWN_LENGTH>() {
+            let len = usize::try_from(u32::from_be_bytes(*len)).unwrap_or(usize::MAX);
             if len > self.limit {
                 return Err(self.too_large(len));
             }
             self.end = End::OwnLength(Some(OWN_LENGTH + len + FOOTER_LEN));
+        }
+        Ok(taken.len())
+    }
+
+    fn feed_to_length(
+        &mut self,
+        input: &[u8],
+        end: usize,
+    ) -> Result<(usize, Option<DeviceSection>), Error> {
+        let taken = input.get(..end - self.bytes.len()).unwrap_or(input);
+        self.bytes.extend_from_slice(taken);
+        if self.bytes.len() < end {
             return Ok((taken.len(), None));
-        };
+        }
         let payload = end - FOOTER_LEN;
         let footer = self.bytes.get(payload..).unwrap_or_default();
         if *footer != self.header.id.footer() {

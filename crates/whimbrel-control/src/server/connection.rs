@@ -144,13 +144,13 @@ impl Connection<'_> {
         while self.outbox.condition().backlog < PAUSE_BACKLOG {
             let Some(request) = self.framing.next_value() else { return false };
             let answer = self.session.answer(request, &*self.shared.backend);
-            if self.session.is_negotiated() {
-                self.outbox.negotiated();
-            }
             if answer.quit {
                 self.shared.send_event(&event::shutdown_line());
             }
             self.outbox.push_reply(&answer.line);
+            if self.session.is_negotiated() {
+                self.outbox.negotiated();
+            }
             if answer.quit {
                 self.flush_for(QUIT_FLUSH);
                 self.shared.backend.quit();

@@ -1,14 +1,30 @@
 //! Which pages the guest has written since they were last asked for.
 
 mod bits;
+#[cfg(feature = "kvm")]
+mod kvm;
+#[cfg(feature = "kvm")]
+mod kvm_log;
+#[cfg(feature = "kvm")]
+mod kvm_ring;
+mod own_writes;
 mod pagemap_scan;
+mod union;
 
 use std::io;
 
 use crate::{BlockIndex, TargetPage};
 
 pub use bits::DirtyBits;
+#[cfg(feature = "kvm")]
+pub use kvm::KvmSlot;
+#[cfg(feature = "kvm")]
+pub use kvm_log::KvmLog;
+#[cfg(feature = "kvm")]
+pub use kvm_ring::KvmRing;
+pub use own_writes::OwnWrites;
 pub use pagemap_scan::PagemapScan;
+pub use union::Union;
 
 /// A source of dirty pages. One of KVM's logs, a scan of our own page tables, the VMM's own
 /// writes, or several of these together.

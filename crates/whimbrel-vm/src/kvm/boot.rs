@@ -34,7 +34,7 @@ pub(crate) fn install(ram: &GuestRam, layout: &Layout) -> Result<(), BlockError>
     block.store_u64(table(0), entry(1))?;
     block.store_u64(table(1), entry(2))?;
     let firmware = FIRMWARE_ADDRESS / HUGE;
-    block.store_u64(table(2) + firmware * 8, firmware * HUGE | LEAF)?;
+    block.store_u64(table(2) + firmware * 8, (firmware * HUGE) | LEAF)?;
     for gib in 0..layout.memory.div_ceil(DIRECTORY) {
         let slot = RAM_ADDRESS / DIRECTORY + gib;
         block.store_u64(table(1) + slot * 8, entry(3 + gib))?;

@@ -84,10 +84,6 @@ impl KvmMsrs {
     }
 }
 
-pub(crate) fn find_msr(msrs: &[kvm_msr_entry], index: u32) -> Option<u64> {
-    msrs.iter().find(|msr| msr.index == index).map(|msr| msr.data)
-}
-
 fn list(entries: &[kvm_msr_entry]) -> Result<Msrs, VmError> {
     Msrs::from_entries(entries).map_err(|error| VmError::new(format!("MSRs: {error:?}")))
 }

@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 use crate::machine::VCPU;
 use crate::state::{Fields, Tag, Writer};
 
-use super::msrs::{KvmMsrs, find_msr};
+use super::msrs::{KvmMsrs, MSRS_MAX};
 
 const REGS: Tag = Tag(1, "regs");
 const SREGS: Tag = Tag(2, "sregs");
@@ -187,7 +187,7 @@ impl CpuState {
                 "its TSC runs at {tsc_khz} kHz, this host's at {here}, and this KVM cannot scale it"
             )));
         }
-        let msrs: Vec<kvm_msr_entry> = entries(&fields, MSRS, super::msrs::MSRS_MAX)?;
+        let msrs: Vec<kvm_msr_entry> = entries(&fields, MSRS, MSRS_MAX)?;
         if let Some(unknown) = msrs.iter().find(|msr| !can.msrs.knows(msr.index)) {
             let what = format!("MSR {:#x} is not known to this host's KVM", unknown.index);
             return Err(fields.error(&what));
@@ -206,11 +206,6 @@ impl CpuState {
             tsc_khz,
             gap: (fields.u64(GAP)?, fields.u64(LAST)?),
         })
-    }
-
-    /// An MSR of this state.
-    pub(crate) fn msr(&self, index: u32) -> Option<u64> {
-        find_msr(&self.msrs, index)
     }
 }
 

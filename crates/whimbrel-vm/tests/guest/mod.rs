@@ -15,25 +15,25 @@ use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{GuestRam, TARGET_PAGE, TargetPage};
 use whimbrel_vm::{AccelChoice, Config, ReferenceVm};
 
-pub const PAGE: usize = TARGET_PAGE.bytes();
+pub(crate) const PAGE: usize = TARGET_PAGE.bytes();
 
 /// A small VM with that workload.
-pub fn config(accel: AccelChoice, vcpus: u32, workload: &str) -> Config {
+pub(crate) fn config(accel: AccelChoice, vcpus: u32, workload: &str) -> Config {
     let workload = workload.parse().expect("a workload");
     Config { vcpus, accel, workload, ..Config::new(16 << 20) }
 }
 
-pub fn make(config: &Config) -> Arc<ReferenceVm> {
+pub(crate) fn make(config: &Config) -> Arc<ReferenceVm> {
     ReferenceVm::new(config.clone()).expect("a VM")
 }
 
 /// Waits until the guest has done `updates` more.
-pub fn run_for_updates(vm: &ReferenceVm, updates: u64) {
-    let wanted = vm.self_check().updates + updates;
+pub(crate) fn run_for_updates(vm: &ReferenceVm, updates: u64) {
+    let wanted = vm.guest_counters().updates + updates;
     let start = Instant::now();
-    while vm.self_check().updates < wanted {
+    while vm.guest_counters().updates < wanted {
         assert_eq!(vm.failure(), None);
-        let done = vm.self_check().updates;
+        let done = vm.guest_counters().updates;
         assert!(
             start.elapsed() < Duration::from_secs(60),
             "{done} of {wanted} updates in a minute"
@@ -43,19 +43,19 @@ pub fn run_for_updates(vm: &ReferenceVm, updates: u64) {
 }
 
 /// Stops the guest and checks all of its memory.
-pub fn pause_and_check(vm: &ReferenceVm) {
+pub(crate) fn pause_and_check(vm: &ReferenceVm) {
     vm.pause().expect("pauses");
     let check = vm.self_check();
     assert!(check.passed(), "{:?}: {}", check.first_error, vm.serial_output());
 }
 
 /// The other end of a migration that copies memory within this process.
-pub fn destination(config: &Config) -> Arc<ReferenceVm> {
+pub(crate) fn destination(config: &Config) -> Arc<ReferenceVm> {
     make(&Config { incoming: true, ..config.clone() })
 }
 
 /// Copies every page of `from`.
-pub fn copy_ram(from: &GuestRam, to: &GuestRam) {
+pub(crate) fn copy_ram(from: &GuestRam, to: &GuestRam) {
     let mut bits = DirtyBits::none(from);
     for (index, block) in from.blocks() {
         bits.insert(index, TargetPage(0), block.target_pages());
@@ -64,7 +64,7 @@ pub fn copy_ram(from: &GuestRam, to: &GuestRam) {
 }
 
 /// Copies the pages of `from` that are in `bits`.
-pub fn copy_pages(from: &GuestRam, to: &GuestRam, bits: &DirtyBits) {
+pub(crate) fn copy_pages(from: &GuestRam, to: &GuestRam, bits: &DirtyBits) {
     let mut page = [0; PAGE];
     for (index, block) in from.blocks() {
         for number in pages(bits.words(index)) {
@@ -74,7 +74,7 @@ pub fn copy_pages(from: &GuestRam, to: &GuestRam, bits: &DirtyBits) {
     }
 }
 
-pub fn pages(words: &[u64]) -> impl Iterator<Item = TargetPage> {
+pub(crate) fn pages(words: &[u64]) -> impl Iterator<Item = TargetPage> {
     let bits = |(at, word): (usize, &u64)| {
         let word = *word;
         (0..64)
@@ -85,7 +85,7 @@ pub fn pages(words: &[u64]) -> impl Iterator<Item = TargetPage> {
 }
 
 /// The first page that differs.
-pub fn first_difference(a: &GuestRam, b: &GuestRam) -> Option<(String, u64)> {
+pub(crate) fn first_difference(a: &GuestRam, b: &GuestRam) -> Option<(String, u64)> {
     let (mut one, mut other) = ([0; PAGE], [0; PAGE]);
     for (index, block) in a.blocks() {
         for page in (0..block.target_pages()).map(TargetPage) {
@@ -100,7 +100,7 @@ pub fn first_difference(a: &GuestRam, b: &GuestRam) -> Option<(String, u64)> {
 }
 
 /// Moves a stopped guest, lets it run on the other end and checks it there.
-pub fn move_and_go_on(from: &ReferenceVm, to: &ReferenceVm, updates: u64) {
+pub(crate) fn move_and_go_on(from: &ReferenceVm, to: &ReferenceVm, updates: u64) {
     copy_ram(from.ram(), to.ram());
     to.load(from.save().expect("saves")).expect("loads");
     let (before, after) = (from.self_check(), to.self_check());
@@ -114,7 +114,7 @@ pub fn move_and_go_on(from: &ReferenceVm, to: &ReferenceVm, updates: u64) {
 
 /// Copies only what the log says was written, in rounds while the guest runs and once more when
 /// it is stopped: memory must be identical then. Gives the pages copied while it ran.
-pub fn iterate(from: &ReferenceVm, to: &ReferenceVm, rounds: usize, updates: u64) -> u64 {
+pub(crate) fn iterate(from: &ReferenceVm, to: &ReferenceVm, rounds: usize, updates: u64) -> u64 {
     let log = from.dirty_log();
     log.start().expect("starts");
     copy_ram(from.ram(), to.ram());
@@ -140,6 +140,6 @@ pub fn iterate(from: &ReferenceVm, to: &ReferenceVm, rounds: usize, updates: u64
 }
 
 /// The state of one device.
-pub fn state<'a>(devices: &'a mut [DeviceState], name: &str) -> &'a mut DeviceState {
+pub(crate) fn state<'a>(devices: &'a mut [DeviceState], name: &str) -> &'a mut DeviceState {
     devices.iter_mut().find(|device| device.name == name).expect("the device is there")
 }

@@ -1,7 +1,5 @@
 //! A stock QEMU without a guest of its own, to hold our protocol against.
 
-#![allow(dead_code, reason = "each test file uses its own part of it")]
-
 use std::env;
 use std::ffi::OsString;
 use std::fs;
@@ -39,7 +37,7 @@ impl Qemu {
             }
         }
         let child = command
-            .args(["-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg", "-S"])
+            .args(["-nodefaults", "-display", "none", "-machine", "pc", "-accel", "tcg"])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .args(arguments)

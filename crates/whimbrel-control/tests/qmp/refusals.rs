@@ -1,19 +1,14 @@
 //! What is refused is refused in QEMU's classes and words: the same table is held against our
 //! server and against the QEMU at hand.
 
-mod fake;
-mod qemu;
-#[path = "fake/raw.rs"]
-mod raw;
-
 use std::time::Duration;
 
-use fake::Served;
-use qemu::Qemu;
-use raw::Raw;
+use crate::fake::Served;
+use crate::qemu::Qemu;
+use crate::raw::Raw;
 
 /// Requests after the negotiation, and how QEMU 10.0 refuses them.
-const REFUSALS: [(&str, &str, &str); 51] = [
+pub(crate) const REFUSALS: [(&str, &str, &str); 51] = [
     (r#"{"execute":"nope"}"#, "CommandNotFound", "The command nope has not been found"),
     (
         r#"{"execute":"qmp_capabilities"}"#,

@@ -1,0 +1,227 @@
+//! Many clients, slow ones and silent ones: none is in the way of another, or of a migration.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use whimbrel::{Capability, Event, MigrationStatus};
+use whimbrel_control::{
+    Backend, Client, ClientError, Endpoint, Server, ServerError, ServerOptions,
+};
+
+use crate::fake::{Fake, Served, threads};
+use crate::raw::Raw;
+
+/// Waits until `condition` holds.
+fn eventually(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn events_reach_all_who_negotiated_in_their_order() {
+    let served = Served::new();
+    let mut silent = Raw::connect(&served.path());
+    silent.line();
+    let mut clients: Vec<Raw> = (0..3).map(|_| Raw::negotiated(&served.path())).collect();
+
+    served.fake.emit(&Event::Migration(MigrationStatus::Setup));
+    served.fake.enable(Capability::Events);
+    served.fake.emit(&Event::Migration(MigrationStatus::Active));
+    for pass in 1..=100 {
+        served.fake.emit(&Event::MigrationPass(pass));
+    }
+    served.fake.emit(&Event::Stop);
+    served.fake.emit(&Event::Resume);
+
+    for client in &mut clients {
+        let first = client.value();
+        assert_eq!(
+            (&first["event"], &first["data"]),
+            (&json!("MIGRATION"), &json!({"status": "active"}))
+        );
+        assert!(first["timestamp"]["seconds"].as_u64().unwrap() > 1_600_000_000);
+        assert!(first["timestamp"]["microseconds"].as_u64().unwrap() < 1_000_000);
+        for pass in 1..=100 {
+            assert_eq!(client.value()["data"], json!({"pass": pass}));
+        }
+        let stop = client.value();
+        assert_eq!((&stop["event"], stop.get("data")), (&json!("STOP"), None));
+        assert_eq!(client.value()["event"], "RESUME");
+    }
+    let reply = silent.ask(r#"{"execute":"qmp_capabilities"}"#);
+    assert_eq!(reply, r#"{"return":{}}"#, "events before the negotiation are not kept");
+}
+
+#[test]
+fn the_event_of_a_command_comes_before_its_reply() {
+    let served = Served::new();
+    let mut raw = Raw::negotiated(&served.path());
+    raw.send(r#"{"execute":"stop"}{"execute":"cont","id":2}"#);
+    assert_eq!(raw.value()["event"], "STOP");
+    assert_eq!(raw.line(), r#"{"return":{}}"#);
+    assert_eq!(raw.value()["event"], "RESUME");
+    assert_eq!(raw.line(), r#"{"id":2,"return":{}}"#);
+}
+
+/// A thread emits events without a pause, one client is in a command that takes long, another
+/// reads nothing: queries of a third are answered at once all the same.
+#[test]
+fn queries_are_quick_whatever_the_others_do() {
+    let served = Served::new();
+    served.fake.enable(Capability::Events);
+    *served.fake.stop_takes.lock().unwrap() = Duration::from_secs(2);
+    let mut stuck = Raw::negotiated(&served.path());
+    stuck.send(r#"{"execute":"stop"}"#);
+    let _deaf = Raw::negotiated(&served.path());
+    let mut client = Client::connect(served.endpoint.clone(), Duration::from_secs(5)).unwrap();
+    client.migrate("tcp:nowhere:1").unwrap();
+
+    let over = Arc::new(AtomicBool::new(false));
+    let noise = thread::Builder::new().spawn({
+        let (fake, over) = (Arc::clone(&served.fake), Arc::clone(&over));
+        move || {
+            let mut pass = 0;
+            while !over.load(Ordering::Acquire) {
+                pass += 1;
+                fake.emit(&Event::MigrationPass(pass));
+                thread::sleep(Duration::from_micros(200));
+            }
+            pass
+        }
+    });
+    let mut worst = Duration::ZERO;
+    let began = Instant::now();
+    for _ in 0..100 {
+        let asked = Instant::now();
+        let report = client.query_migrate().unwrap();
+        worst = worst.max(asked.elapsed());
+        assert_eq!(report.status.name(), "active");
+    }
+    let all = began.elapsed();
+    over.store(true, Ordering::Release);
+    let passes = noise.unwrap().join().unwrap();
+    assert!(passes > 0);
+    assert!(all < Duration::from_secs(1), "100 queries took {all:?}, the worst {worst:?}");
+    assert!(worst < Duration::from_millis(250), "the worst of 100 queries took {worst:?}");
+}
+
+#[test]
+fn who_does_not_read_events_is_disconnected_and_holds_up_nobody() {
+    let served = Served::new();
+    served.fake.enable(Capability::Events);
+    let mut deaf = Raw::negotiated(&served.path());
+    let mut client = Client::connect(served.endpoint.clone(), Duration::from_secs(5)).unwrap();
+    let began = Instant::now();
+    let mut seen = 0;
+    for pass in 1..=20_000_u64 {
+        served.fake.emit(&Event::MigrationPass(pass));
+        while seen < pass && pass % 100 == 0 {
+            let event = client.next_event(Duration::from_secs(5)).unwrap().unwrap();
+            seen += 1;
+            assert_eq!(event.data, json!({"pass": seen}));
+        }
+    }
+    let took = began.elapsed();
+    assert!(took < Duration::from_secs(10), "20000 events took {took:?}");
+    served.wait_report("does not read its events");
+    let mut rest = Vec::new();
+    deaf.stream.read_to_end(&mut rest).unwrap();
+    assert!(rest.len() < 2 << 20, "{} bytes were kept for a client that reads none", rest.len());
+    assert_eq!(client.query_status().unwrap().status, "running");
+}
+
+#[test]
+fn who_does_not_read_replies_waits_for_itself() {
+    let served = Served::new();
+    let mut raw = Raw::negotiated(&served.path());
+    raw.stream.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let request = format!("{}\n", json!({"execute": "query-migrate-parameters"})).repeat(100);
+    let mut written = 0;
+    let blocked = loop {
+        match raw.stream.write(request.as_bytes()) {
+            Ok(count) => written += count,
+            Err(error) => break error,
+        }
+        assert!(written < 16 << 20, "requests are taken without end");
+    };
+    assert_eq!(blocked.kind(), std::io::ErrorKind::WouldBlock);
+    let mut other = Raw::negotiated(&served.path());
+    assert_eq!(other.ask(r#"{"execute":"query-name"}"#), r#"{"return":{"name":"fake"}}"#);
+    let each = format!("{}\n", json!({"execute": "query-migrate-parameters"})).len();
+    for _ in 0..written / each {
+        assert!(raw.value()["return"]["max-bandwidth"].is_u64());
+    }
+}
+
+#[test]
+fn one_client_too_many_is_told_so() {
+    let options = ServerOptions { max_clients: 2, ..ServerOptions::default() };
+    let served = Served::with(options);
+    let connect = || Client::connect(served.endpoint.clone(), Duration::from_secs(5));
+    let first = connect().unwrap();
+    let mut second = connect().unwrap();
+    let error = connect().unwrap_err();
+    assert!(matches!(error, ClientError::Refused { .. }), "{error}");
+    assert!(error.to_string().contains("too many clients: at most 2 are served"), "{error}");
+    served.wait_report("a client was refused");
+    assert!(second.query_status().unwrap().running);
+    drop(first);
+    eventually("a place is free again", || connect().is_ok());
+}
+
+#[test]
+fn nothing_is_left_of_a_server_that_is_dropped() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qmp");
+    let fake = Arc::new(Fake::default());
+    let backend = Arc::clone(&fake) as Arc<dyn Backend>;
+    let server = Server::bind(Endpoint::Unix(path.clone()), backend).unwrap();
+    assert_eq!(fake.listeners(), 1);
+    let mut clients: Vec<UnixStream> =
+        (0..4).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    for client in &mut clients {
+        assert_eq!(client.read(&mut [0; 16]).unwrap(), 16);
+    }
+    // Listing tasks while other tests' come and go may miss some.
+    eventually("a thread per client, named", || threads("qmp/client-").len() >= 4);
+    drop(server);
+    assert!(!path.exists());
+    assert_eq!(fake.listeners(), 0);
+    assert_eq!(Arc::strong_count(&fake), 1, "no thread holds the backend");
+    for mut client in clients {
+        let mut rest = Vec::new();
+        client.read_to_end(&mut rest).unwrap();
+    }
+}
+
+#[test]
+fn a_place_in_use_is_one_clear_line() {
+    let served = Served::new();
+    let again = |endpoint: &Endpoint| {
+        let backend = Arc::new(Fake::default()) as Arc<dyn Backend>;
+        Server::bind(endpoint.clone(), backend).unwrap_err()
+    };
+    let error = again(&served.endpoint);
+    assert!(matches!(error, ServerError::InUse(_)), "{error}");
+    assert!(error.to_string().contains("address in use"), "{error}");
+    assert!(!error.to_string().contains('\n'));
+    assert!(fs::exists(served.path()).unwrap());
+
+    let backend = Arc::new(Fake::default()) as Arc<dyn Backend>;
+    let tcp = Server::bind("tcp:127.0.0.1:0".parse().unwrap(), backend).unwrap();
+    assert!(matches!(again(tcp.endpoint()), ServerError::InUse(_)));
+    let mut client = Client::connect(tcp.endpoint().clone(), Duration::from_secs(5)).unwrap();
+    assert!(client.query_status().unwrap().running);
+
+    let missing = again(&Endpoint::Unix("/nonexistent/qmp".into()));
+    assert!(missing.to_string().contains("unix:/nonexistent/qmp"), "{missing}");
+}

@@ -1,0 +1,30 @@
+//! `cargo xtask bench`: measurements, the contenders interleaved in one run so that whatever else
+//! the machine does falls on all of them alike.
+
+use anyhow::Result;
+
+use crate::workspace::Workspace;
+
+mod contender;
+mod plain;
+mod precopy;
+mod rates;
+mod sample;
+
+/// What to measure.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Bench {
+    /// One channel of precopy over loopback: ours, QEMU's, and a plain send and receive
+    Precopy(precopy::Args),
+    /// One end of the plain transfer: a process of its own, so that its processor time is
+    #[command(hide = true)]
+    PlainEnd(plain::Args),
+}
+
+/// Measures. Says whether every run succeeded.
+pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
+    match which {
+        Bench::Precopy(args) => precopy::run(workspace, args),
+        Bench::PlainEnd(args) => plain::run(args),
+    }
+}

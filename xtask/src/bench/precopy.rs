@@ -1,0 +1,196 @@
+//! `cargo xtask bench precopy`: one channel over loopback, ours and QEMU's interleaved, with a
+//! plain transfer of as many bytes as the floor.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Map, Value, json};
+use whimbrel_peers::install::{Peer, install};
+
+use super::contender::{Contender, Memory, Qemu, Scenario, content_file, whimbrel};
+use super::sample::{Row, Sample, keep, table};
+use super::{plain, rates};
+use crate::workspace::Workspace;
+
+/// What to measure against what.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// The guest's memory
+    #[arg(long, default_value = "2G", value_parser = Memory::parse)]
+    memory: Memory,
+    /// How many times each contender runs in each scenario
+    #[arg(long, default_value_t = 7)]
+    runs: u32,
+    /// Measure against this QEMU, instead of the newest one fetched
+    #[arg(long, value_name = "PATH")]
+    qemu: Option<PathBuf>,
+    /// Leave a contender out: whimbrel, qemu or plain (may be given more than once)
+    #[arg(long, value_name = "WHO")]
+    without: Vec<String>,
+}
+
+const SCENARIOS: [Scenario; 3] = [
+    Scenario { name: "preallocated", incompressible: true, preallocated: true },
+    Scenario { name: "not touched before", incompressible: true, preallocated: false },
+    Scenario { name: "all zero", incompressible: false, preallocated: false },
+];
+
+/// Measures, prints the table, keeps everything. Says whether every run succeeded.
+pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
+    let contenders = contenders(workspace, args)?;
+    let folder = Scratch::new()?;
+    let content = content_file(folder.path(), args.memory)?;
+    let mut rows = Vec::new();
+    let mut whole = true;
+    for scenario in SCENARIOS {
+        whole &= measure(args, &contenders, scenario, &folder, &content, &mut rows);
+    }
+    println!("{}", table(&rows, "QEMU"));
+    let mut about = about(args);
+    for (package, example, arguments) in
+        [("whimbrel-ram", "zero_scan", &["1024"][..]), ("whimbrel-wire", "rates", &[])]
+    {
+        match rates::of_example(workspace, package, example, arguments) {
+            Ok(value) => {
+                println!("{example}: {value}");
+                about.insert(example.to_owned(), value);
+            }
+            Err(error) => {
+                println!("not measured: {error:#}");
+                whole = false;
+            }
+        }
+    }
+    println!("kept in {}", keep(workspace, "precopy", about, &rows)?.display());
+    Ok(whole)
+}
+
+/// One scenario: every contender in turn, and over again.
+fn measure(
+    args: &Args,
+    contenders: &[Contender],
+    scenario: Scenario,
+    folder: &Scratch,
+    content: &Path,
+    rows: &mut Vec<Row>,
+) -> bool {
+    type Measurement<'a> = (String, Box<dyn Fn() -> Result<Sample> + 'a>);
+    let mut measurements: Vec<Measurement<'_>> = Vec::new();
+    for contender in contenders {
+        let sample = move || contender.sample(scenario, args.memory, folder.path(), content);
+        measurements.push((contender.name(), Box::new(sample)));
+    }
+    // A plain transfer knows no zero pages, and its memory is its own.
+    if scenario.preallocated && !args.leaves_out("plain") {
+        measurements
+            .push(("plain send and receive".to_owned(), Box::new(|| plain::sample(args.memory))));
+    }
+    let mut ours: Vec<Row> = measurements
+        .iter()
+        .map(|(name, _)| Row {
+            scenario: scenario.name,
+            contender: name.clone(),
+            samples: Vec::new(),
+        })
+        .collect();
+    let mut whole = true;
+    for run in 1..=args.runs {
+        for ((name, sample), row) in measurements.iter().zip(&mut ours) {
+            match sample() {
+                Ok(sample) => {
+                    eprintln!(
+                        "{} {run}/{}: {name}: {:.2} GB/s",
+                        scenario.name, args.runs, sample.gigabytes_per_second
+                    );
+                    row.samples.push(sample);
+                }
+                Err(error) => {
+                    println!("{} {run}/{}: {name}: FAILED: {error:#}", scenario.name, args.runs);
+                    whole = false;
+                }
+            }
+        }
+    }
+    rows.append(&mut ours);
+    whole
+}
+
+impl Args {
+    fn leaves_out(&self, who: &str) -> bool {
+        self.without.iter().any(|without| without == who)
+    }
+}
+
+fn contenders(workspace: &Workspace, args: &Args) -> Result<Vec<Contender>> {
+    for without in &args.without {
+        if !["whimbrel", "qemu", "plain"].contains(&without.as_str()) {
+            bail!("no contender {without:?}: whimbrel, qemu or plain");
+        }
+    }
+    let mut contenders = Vec::new();
+    if !args.leaves_out("whimbrel") {
+        contenders.push(whimbrel(workspace)?);
+    }
+    if !args.leaves_out("qemu") {
+        let qemu = match &args.qemu {
+            Some(path) => Qemu::Given(path.canonicalize().context(path.display().to_string())?),
+            None => {
+                let folder = workspace.target("peers");
+                let missing = install(&folder);
+                if let Some((_, why)) = missing.peers.iter().find(|(peer, _)| *peer == Peer::V10_0)
+                {
+                    bail!("no QEMU to measure against ({why}): --qemu PATH or --without qemu");
+                }
+                Qemu::Fetched { peer: Peer::V10_0, folder }
+            }
+        };
+        let version = qemu.version()?;
+        contenders.push(Contender::Qemu { qemu, version });
+    }
+    Ok(contenders)
+}
+
+/// What the numbers mean nothing without.
+fn about(args: &Args) -> Map<String, Value> {
+    let first = |path: &str, name: &str| {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+        line.split_once(':').map_or(line, |(_, value)| value).trim().to_owned()
+    };
+    let processors = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let about = json!({
+        "memory-bytes": args.memory.bytes(),
+        "runs": args.runs,
+        "processor": first("/proc/cpuinfo", "model name"),
+        "processors": processors,
+        "kernel": first("/proc/sys/kernel/osrelease", ""),
+    });
+    match about {
+        Value::Object(about) => about,
+        _ => Map::new(),
+    }
+}
+
+/// A folder in memory, where there is one: what is read from it is never read from a disk.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let memory = Path::new("/dev/shm");
+        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+        let path = parent.join(format!("whimbrel-bench-{}", std::process::id()));
+        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
+        Ok(Self(path))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Best effort: it lies where the system keeps nothing over a restart.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
