@@ -79,7 +79,10 @@ enum Held {
 pub(crate) fn run(job: &Job) {
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     let mut held = Held::Untouched;
-    match migrate(job, &mut held) {
+    let outcome = migrate(job, &mut held);
+    // Also after success: a guest kept in a file may be told to run on here.
+    job.guest.vm().throttle(0);
+    match outcome {
         Ok(()) => job.set_status(MigrationStatus::Completed),
         Err(error) => undo::undo(job, held, error),
     }
