@@ -78,6 +78,7 @@ fn pagemap_scan_keeps_the_contract(blocks: Vec<RamBlock>, populated: bool) {
         ram.blocks().for_each(|(_, block)| block.populate(0, block.len()).unwrap());
     }
     contract::shows_what_is_written(&log, &ram, &writer, true);
+    contract::keeps_what_is_written_before_rearm(&log, &ram, &writer);
     contract::gives_again_what_was_put_back(&log, &ram, &writer);
     contract::starts_again(&log, &ram, &writer);
     contract::loses_no_write(&log, &ram, &writer, Duration::from_millis(500));
@@ -135,6 +136,7 @@ fn own_writes_alone_and_in_a_union() {
     for log in [&*own as &dyn DirtyLog, &union] {
         let writer = Native { ram: &ram, count: AtomicU64::new(1), own: Some(&own) };
         contract::shows_what_is_written(log, &ram, &writer, false);
+        contract::keeps_what_is_written_before_rearm(log, &ram, &writer);
         contract::gives_again_what_was_put_back(log, &ram, &writer);
         contract::starts_again(log, &ram, &writer);
         contract::loses_no_write(log, &ram, &writer, Duration::from_millis(300));

@@ -194,6 +194,7 @@ impl Writer for Guest<'_> {
 
 fn keeps_the_contract(log: &dyn DirtyLog, machine: &Machine, guest: &Guest<'_>) {
     contract::shows_what_is_written(log, &machine.ram, guest, false);
+    contract::keeps_what_is_written_before_rearm(log, &machine.ram, guest);
     contract::gives_again_what_was_put_back(log, &machine.ram, guest);
     contract::starts_again(log, &machine.ram, guest);
     contract::loses_no_write(log, &machine.ram, guest, Duration::from_millis(700));

@@ -12,6 +12,7 @@ use guest::{
     run_for_updates, state,
 };
 use whimbrel::{DeviceState, Vm};
+use whimbrel_ram::PageSize;
 use whimbrel_vm::{
     Accel, AccelChoice, Config, DirtyKind, Error, MismatchKind, RAM_NAME, ReferenceVm,
 };
@@ -258,6 +259,26 @@ fn a_ring_is_emptied_in_time() {
     let copied = iterate(&from, &to, 1, 300);
     assert!(copied > 300, "{copied}");
     pause_and_check(&from);
+}
+
+#[test]
+fn huge_and_shared_pages_do_as_well() {
+    let Some(config) = kvm(2, "uniform") else { return };
+    for (page_size, shared) in [(PageSize::SIZE_2M, false), (PageSize::SIZE_4K, true)] {
+        let config = Config { page_size, shared, prefault: true, ..config.clone() };
+        let from = match ReferenceVm::new(config.clone()) {
+            Ok(vm) => vm,
+            Err(error @ Error::TooFewHugePages { .. }) => {
+                eprintln!("skipped: {error}");
+                continue;
+            }
+            Err(error) => panic!("{error}"),
+        };
+        let to = destination(&config);
+        from.resume().unwrap();
+        iterate(&from, &to, 2, 20);
+        move_and_go_on(&from, &to, 20);
+    }
 }
 
 #[test]

@@ -20,7 +20,7 @@ const PING_LEN: usize = 9;
 
 /// Most possible ends that are waited for at a time, or have turned out to be none. State made
 /// to hold more of them is not worth the time.
-const CANDIDATES_MAX: usize = 64;
+const CANDIDATES_MAX: usize = 16;
 
 /// Collects device state until its end is certain.
 #[derive(Debug)]
@@ -325,6 +325,22 @@ mod tests {
         tail.feed(cut).unwrap();
         let error = tail.finish_at_close().unwrap_err();
         assert_eq!(error.offset, all.len() as u64 - 1);
+    }
+
+    #[test]
+    fn a_ping_behind_a_footer_is_seen_while_the_source_waits() {
+        let mut all = Vec::new();
+        section(1, b"abc").encode(&mut all);
+        Command::Ping(0x1234).encode(&mut all);
+        let mut tail = DeviceTail::new(0, 1 << 16);
+        for byte in &all {
+            assert_eq!(tail.ends_with_ping(), None);
+            assert_eq!(tail.feed(&[*byte]), Ok((1, None)));
+        }
+        assert_eq!(tail.ends_with_ping(), Some(0x1234));
+        tail.feed(&[mark::EOF]).unwrap();
+        assert_eq!(tail.ends_with_ping(), None);
+        assert_eq!(tail.finish_at_close().unwrap().commands, [(1, Command::Ping(0x1234))]);
     }
 
     #[test]

@@ -66,8 +66,8 @@ pub use name::{BlockName, Name, NameLength};
 pub use package::{Delimiting, Package};
 pub use page::{BlockOffset, TargetPage};
 pub use record::{
-    RamRecord, RecordDecoded, RecordDecoder, RecordEncoder, RecordFormat, encode_end_of_section,
-    encode_multifd_flush,
+    RamRecord, RecordDecoded, RecordDecoder, RecordEncoder, RecordFormat, continued_page_word,
+    encode_end_of_section, encode_multifd_flush,
 };
 pub use return_path::{ReturnDecoded, ReturnDecoder, ReturnMessage};
 pub use section::{SectionHeader, SectionId, encode_eof};

@@ -7,6 +7,7 @@ use alloc::vec::Vec;
 use core::num::NonZeroUsize;
 
 use crate::blocks::{EntryFields, Setup};
+use crate::colo::ColoStep;
 use crate::cursor::{Cursor, Stop, bad};
 use crate::decoded::{Decoded, MainOptions};
 use crate::device::DeviceState;
@@ -56,14 +57,6 @@ enum Ram {
     Unknown,
     Started(SectionId),
     Ended(SectionId),
-}
-
-/// Which word of COLO is next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum ColoStep {
-    Request,
-    Send,
-    Size,
 }
 
 /// Most sections whose numbers are remembered.
@@ -506,29 +499,19 @@ impl MainDecoder {
             return bad(0, ErrorKind::Trailing { found: first });
         }
         let message = ColoMessage::parse(cursor)?;
-        let (next, expected) = match self.colo_step {
-            ColoStep::Request => (ColoStep::Send, "CHECKPOINT_REQUEST (1)"),
-            ColoStep::Send => (ColoStep::Size, "VMSTATE_SEND (3)"),
-            ColoStep::Size => (ColoStep::Request, "VMSTATE_SIZE (4)"),
-        };
-        let decoded = match (self.colo_step, message) {
-            (ColoStep::Request, ColoMessage::CheckpointRequest) => Decoded::Colo(message),
-            (ColoStep::Send, ColoMessage::VmstateSend) => {
-                self.state = State::Top;
-                self.checkpoint = true;
-                Decoded::Colo(message)
-            }
-            (ColoStep::Size, ColoMessage::VmstateSize(len)) => {
-                self.payload = len;
-                Decoded::CheckpointFollows { len }
-            }
-            (ColoStep::Request | ColoStep::Send | ColoStep::Size, other) => {
-                let found = other.number().into();
-                return bad(0, ErrorKind::Unexpected { expected, found });
-            }
-        };
-        self.colo_step = next;
-        Ok(decoded)
+        match self.colo_step.take(message) {
+            Ok(next) => self.colo_step = next,
+            Err(kind) => return bad(0, kind),
+        }
+        if let ColoMessage::VmstateSize(len) = message {
+            self.payload = len;
+            return Ok(Decoded::CheckpointFollows { len });
+        }
+        if message == ColoMessage::VmstateSend {
+            self.state = State::Top;
+            self.checkpoint = true;
+        }
+        Ok(Decoded::Colo(message))
     }
 
     /// Says that the caller took `len` of the bytes that follow the last message off the channel.

@@ -16,6 +16,8 @@ pub(crate) enum Role {
     SourceMain,
     /// Drives a migration into here.
     DestinationMain,
+    /// Takes memory from the host ahead of the pages that come.
+    DestinationPopulate,
 }
 
 impl Role {
@@ -24,6 +26,7 @@ impl Role {
         match self {
             Role::SourceMain => "source/main",
             Role::DestinationMain => "dest/main",
+            Role::DestinationPopulate => "dest/populate",
         }
     }
 }
@@ -136,7 +139,7 @@ impl Worker {
         if let Some(handle) = self.handle.take()
             && handle.join().is_err()
         {
-            // The panic's message is out already; the run's own guard has told its outcome.
+            // The panic's message is out already, and `EndsFailed` has told of its outcome.
             self.cancel.set();
         }
     }
@@ -155,7 +158,7 @@ mod tests {
 
     #[test]
     fn names_fit_into_the_kernels_15_bytes() {
-        for role in [Role::SourceMain, Role::DestinationMain] {
+        for role in [Role::SourceMain, Role::DestinationMain, Role::DestinationPopulate] {
             assert!(role.name().len() <= 15);
         }
     }

@@ -50,15 +50,16 @@ struct Cpu {
 
 /// vCPUs on KVM.
 pub(crate) struct KvmMachine {
-    ram: GuestRam,
     serial: Arc<SerialPort>,
     gaps: Arc<[Gap]>,
     abilities: Abilities,
-    /// Before the vCPUs, whose memory they point into: fields are dropped in this order.
+    /// Fields are dropped in this order: these before the vCPUs whose memory they point into.
     kicks: Vec<Kick>,
     cpus: Vec<Mutex<Cpu>>,
     dirty: KvmDirty,
     vm: VmFd,
+    /// After the VM that is given its memory.
+    ram: GuestRam,
 }
 
 /// What failed, as an error that says what to do.

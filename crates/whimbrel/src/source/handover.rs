@@ -35,6 +35,7 @@ pub(super) fn hand_over(
     if !kept && let Held::Stopped { right, .. } = std::mem::replace(held, Held::GivenUp) {
         job.guest.give_up_right(right);
     }
+    let answered = stream.answers.is_some();
     let result = commit(&mut stream, &description);
     add(&job.report.counters.downtime_bytes, stream.out.bytes() - before);
     set(&job.report.counters.transferred, stream.out.bytes());
@@ -48,7 +49,10 @@ pub(super) fn hand_over(
             Ok(())
         }
         Ok(()) => {
-            job.guest.right_is_taken();
+            // Without a return path all was sent, and whether it arrived only a human can tell.
+            if answered {
+                job.guest.right_is_taken();
+            }
             Ok(())
         }
         Err(cause) if kept => Err(cause),

@@ -23,7 +23,7 @@ use crate::address::Address;
 use crate::channel;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
-use crate::report::Report;
+use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::Cancel;
@@ -77,9 +77,13 @@ enum Held {
 
 /// Moves the guest away. The body of `source/main`.
 pub(crate) fn run(job: &Job) {
+    let _guard = EndsFailed(&job.report);
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     let mut held = Held::Untouched;
-    match migrate(job, &mut held) {
+    let outcome = migrate(job, &mut held);
+    // Also after success: a guest kept in a file may be told to run on here.
+    job.guest.vm().throttle(0);
+    match outcome {
         Ok(()) => job.set_status(MigrationStatus::Completed),
         Err(error) => undo::undo(job, held, error),
     }
@@ -99,6 +103,13 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Error> {
     let log = undo::Logging::start(vm.dirty_log())?;
     let map = PageMap::new(ram);
     map.fill();
+    // The first take of a log that is armed lazily says that every page is dirty. Better now than
+    // after the first pass, which sends every page anyway.
+    log.take_into(&map)?;
+    add(&job.report.counters.dirty_sync_count, 1);
+    if job.has(Capability::Events) {
+        job.guest.emit(&Event::MigrationPass(1));
+    }
     let mut stream = setup::begin(job, channel)?;
     job.report.setup_is_done();
     job.set_status(MigrationStatus::Active);

@@ -70,7 +70,6 @@ impl Drop for Logging<'_> {
 
 /// Ends a migration that did not come through.
 pub(super) fn undo(job: &Job, held: Held, error: Error) {
-    job.guest.vm().throttle(0);
     let cancelled = job.cancel.is_set() && !matches!(error, Error::InDoubt { .. });
     let mut text = error.to_string();
     if let Held::Stopped { right, before } = held {

@@ -1,0 +1,8 @@
+//! The command, from outside: processes, QMP, exit statuses and what they leave behind.
+
+mod bad_input;
+mod cancel;
+mod demo;
+mod kept;
+mod process;
+mod qmp;

@@ -1,0 +1,231 @@
+//! Two VMs in one process, and what has to be true of them after every migration.
+
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test binary uses the part it needs of what they share"
+)]
+
+use std::fs;
+use std::sync::Arc;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use whimbrel::{Address, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start};
+use whimbrel_ram::TargetPage;
+use whimbrel_vm::{AccelChoice, Config, ReferenceVm};
+
+/// Nothing in these tests takes longer, on the slowest machine.
+pub(crate) const LIMIT: Duration = Duration::from_secs(30);
+
+/// Waits until `done`; panics with `what` when it does not come.
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < LIMIT, "{what}: not within {LIMIT:?}");
+        sleep(Duration::from_millis(1));
+    }
+}
+
+/// A reproducible sequence of choices (splitmix64).
+#[derive(Clone, Debug)]
+pub(crate) struct Dice(pub u64);
+
+impl Dice {
+    pub(crate) fn roll(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Below `end`.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.roll() % end
+    }
+
+    pub(crate) fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len() as u64) as usize]
+    }
+}
+
+/// The seed of this run: `WHIMBREL_SEED`, or one of the clock's. Printed, so that it can be
+/// replayed.
+pub(crate) fn seed(test: &str) -> u64 {
+    let seed = match std::env::var("WHIMBREL_SEED") {
+        Ok(text) => text.parse().expect("WHIMBREL_SEED is a number"),
+        Err(_) => {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            now.expect("after 1970").as_nanos() as u64 % 1_000_000_007
+        }
+    };
+    eprintln!("{test}: seed {seed}; replay with WHIMBREL_SEED={seed}");
+    seed
+}
+
+/// Accelerators of this machine.
+pub(crate) fn accelerators() -> Vec<AccelChoice> {
+    let probe = Config { accel: AccelChoice::Kvm, ..Config::new(8 << 20) };
+    match ReferenceVm::new(probe) {
+        Ok(_) => vec![AccelChoice::Native, AccelChoice::Kvm],
+        Err(why) => {
+            eprintln!("not run with KVM: {why}");
+            vec![AccelChoice::Native]
+        }
+    }
+}
+
+/// One VM and its migrator.
+pub(crate) struct Side {
+    pub vm: Arc<ReferenceVm>,
+    pub migrator: Migrator,
+}
+
+impl Side {
+    /// A VM with a guest that runs and has done something already.
+    pub(crate) fn running(config: &Config) -> Side {
+        let vm = ReferenceVm::new(config.clone()).expect("a VM");
+        let migrator = Migrator::new(vm.clone(), Start::Paused);
+        let side = Side { vm, migrator };
+        side.migrator.cont().expect("a guest that runs");
+        side.expect_progress("the source's guest");
+        side
+    }
+
+    /// A VM that waits; its guest runs at once if `autostart`.
+    pub(crate) fn waiting(config: &Config, autostart: bool) -> Side {
+        let config = Config { incoming: true, ..config.clone() };
+        let vm = ReferenceVm::new(config).expect("a VM");
+        let migrator = Migrator::new(vm.clone(), Start::Incoming { autostart });
+        Side { vm, migrator }
+    }
+
+    /// Has it wait at `address`; gives where it really is.
+    pub(crate) fn listen(&self, address: &str) -> Address {
+        let address: Address = address.parse().expect("an address");
+        self.migrator.incoming(&address, false).expect("a free address");
+        let told = self.migrator.info().socket_address.and_then(|all| all.into_iter().next());
+        match told {
+            Some(whimbrel::SocketAddressInfo::Inet { host, port }) => {
+                Address::Tcp { host, port: port.parse().expect("a port") }
+            }
+            _ => address,
+        }
+    }
+
+    pub(crate) fn switch_on(&self, capabilities: &[Capability]) {
+        let changes: Vec<_> = capabilities.iter().map(|&one| (one, true)).collect();
+        self.migrator.set_capabilities(&changes).expect("no migration runs");
+    }
+
+    pub(crate) fn status(&self) -> Option<MigrationStatus> {
+        self.migrator.info().status
+    }
+
+    pub(crate) fn runs(&self) -> bool {
+        let says = self.migrator.run_state() == RunState::Running;
+        assert_eq!(says, self.vm.running(), "the engine and the VM agree on whether it runs");
+        says
+    }
+
+    /// Waits for the migration's end.
+    pub(crate) fn ended(&self, what: &str) -> MigrationInfo {
+        until(what, || self.status().is_none_or(|status| !status.is_running()));
+        self.migrator.info()
+    }
+
+    /// The guest does something.
+    pub(crate) fn expect_progress(&self, what: &str) {
+        let before = self.vm.self_check().updates;
+        until(&format!("{what} goes on"), || {
+            assert_eq!(self.vm.failure(), None, "{what}");
+            self.vm.self_check().updates > before + 200
+        });
+    }
+
+    /// The guest runs, runs on, and has lost nothing.
+    pub(crate) fn expect_healthy(&self, what: &str) {
+        assert!(self.runs(), "{what} runs, and is {:?}", self.migrator.run_state());
+        self.expect_progress(what);
+        self.migrator.stop().expect("stops");
+        let check = self.vm.self_check();
+        assert!(check.passed(), "{what}: self-check: {:?}", check.first_error);
+        assert!(check.pages_checked > check.updates, "{what}: every page was looked at");
+        self.migrator.cont().expect("runs on");
+    }
+}
+
+/// Moves the guest on to a fresh VM and compares all of RAM, page by page, while it stands still
+/// on both sides.
+pub(crate) fn expect_movable(from: &Side, config: &Config, what: &str) {
+    let to = Side::waiting(config, false);
+    let address = to.listen("tcp:127.0.0.1:0");
+    from.migrator.migrate(address).expect("nothing is in the way of another migration");
+    let info = from.ended(what);
+    assert_eq!(info.status, Some(MigrationStatus::Completed), "{what}: {:?}", info.error_desc);
+    let info = to.ended(what);
+    assert_eq!(info.status, Some(MigrationStatus::Completed), "{what}: {:?}", info.error_desc);
+    assert!(!from.runs() && !to.runs());
+    expect_same_ram(from, &to, what);
+    to.migrator.cont().expect("runs");
+    to.expect_healthy(what);
+}
+
+/// Every page is the same on both sides.
+pub(crate) fn expect_same_ram(one: &Side, other: &Side, what: &str) {
+    for (index, block) in one.migrator.vm().ram().blocks() {
+        let there = other.migrator.vm().ram().block(index);
+        assert_eq!((block.name(), block.len()), (there.name(), there.len()), "{what}");
+        let differ: Vec<u64> = (0..block.target_pages())
+            .filter(|&page| {
+                block.page_digest(TargetPage(page)) != there.page_digest(TargetPage(page))
+            })
+            .collect();
+        assert!(differ.is_empty(), "{what}: pages of {} differ: {differ:?}", block.name());
+    }
+}
+
+/// What this process has: to be the same before and after. Only for a test that is alone in its
+/// process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Held {
+    threads: Vec<String>,
+    descriptors: Vec<String>,
+}
+
+impl Held {
+    pub(crate) fn now() -> Held {
+        let mut threads: Vec<String> = entries("/proc/self/task")
+            .filter_map(|task| fs::read_to_string(task.join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .collect();
+        // Its own descriptor for reading the folder is gone when its link is looked at.
+        let mut descriptors: Vec<String> = entries("/proc/self/fd")
+            .filter_map(|fd| fs::read_link(fd).ok())
+            .map(|target| target.display().to_string())
+            .filter(|target| !target.starts_with("/proc/"))
+            .map(|target| target.split(":[").next().unwrap_or_default().to_owned())
+            .collect();
+        threads.sort_unstable();
+        descriptors.sort_unstable();
+        Held { threads, descriptors }
+    }
+
+    /// Waits for the last of them to go: a joined thread stays listed for a moment.
+    pub(crate) fn expect_again(&self, what: &str) {
+        let start = Instant::now();
+        while Held::now() != *self {
+            let now = Held::now();
+            assert!(
+                start.elapsed() < Duration::from_secs(5),
+                "{what}: left behind: before {self:?}, after {now:?}"
+            );
+            sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn entries(folder: &str) -> impl Iterator<Item = std::path::PathBuf> {
+    fs::read_dir(folder).expect("/proc").filter_map(Result::ok).map(|entry| entry.path())
+}
