@@ -45,15 +45,13 @@ impl Ended {
         self.out
     }
 
-    /// It failed with one line on the standard error, which holds all of `texts`. Progress
-    /// (`waiting for ...`, `received ...`) may come before it.
+    /// It failed with one line on the standard error, which holds all of `texts`. Lines of
+    /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
+        const PROGRESS: [&str; 4] = ["waiting for a migration at ", "received ", "setup", "active"];
         assert_eq!(self.status.code(), Some(1), "{what}: {self:?}");
-        let lines: Vec<&str> = self
-            .err
-            .lines()
-            .filter(|line| !line.starts_with("waiting for ") && !line.starts_with("received "))
-            .collect();
+        let progress = |line: &&str| PROGRESS.iter().any(|start| line.starts_with(start));
+        let lines: Vec<&str> = self.err.lines().skip_while(progress).collect();
         let [line] = lines[..] else { panic!("{what}: not one line: {self:?}") };
         assert!(line.starts_with("whimbrel: "), "{what}: {line}");
         for text in texts {
@@ -123,6 +121,10 @@ impl Running {
     /// What it has said on the standard error so far.
     pub(crate) fn err(&self) -> String {
         fs::read_to_string(self.folder.path().join("err")).expect("what it said")
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Where it says that it waits.
