@@ -5,7 +5,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions, RamRecord};
+use whimbrel_wire::{
+    BlockList, Configuration, Decoded, DeviceSection, DeviceState, FileHeader, MainDecoder,
+    MainOptions, Name, RamRecord, SectionHeader, SectionId, encode_end_of_section, encode_eof,
+    encode_vm_description, vmdesc,
+};
 
 /// Longest seed in bytes.
 const SEED_MAX: usize = (64 << 10) - 1;
@@ -42,9 +46,39 @@ pub fn all() -> io::Result<Vec<(&'static str, String, Vec<u8>)>> {
             Some(_) | None => add("return_path", head(&stream).to_vec()),
         }
     }
+    seeds.push(("main_stream", "whimbrel".to_owned(), own_stream()));
     seeds.push(("xbzrle", "two-runs".to_owned(), vec![3, 1, 7, 0x81, 1, 2, 8, 9]));
     seeds.push(("xbzrle", "first-byte".to_owned(), vec![0, 1, 7]));
     Ok(seeds)
+}
+
+/// A stream of whimbrel's own kind of machine, without RAM.
+fn own_stream() -> Vec<u8> {
+    let name = |text| Name::new(text).expect("a short name");
+    let header = |id, text, version_id| SectionHeader {
+        id: SectionId(id),
+        name: name(text),
+        instance_id: 0,
+        version_id,
+    };
+    let mut out = Vec::new();
+    FileHeader.encode(&mut out);
+    Configuration::new(name("whimbrel-1")).encode(&mut out);
+    header(1, "ram", 4).encode_start(&mut out);
+    BlockList::default().encode(&mut out);
+    for end in [false, true] {
+        if end {
+            SectionId(1).encode_end(&mut out);
+        }
+        encode_end_of_section(&mut out);
+        SectionId(1).encode_footer(&mut out);
+    }
+    let sections = [(2, "cpu"), (3, "serial")]
+        .map(|(id, text)| DeviceSection::with_own_length(header(id, text, 1), text.as_bytes()));
+    sections.iter().for_each(|section| section.encode(&mut out));
+    encode_eof(&mut out);
+    encode_vm_description(&vmdesc::describe(4096, &sections), &mut out);
+    out
 }
 
 fn head(stream: &[u8]) -> &[u8] {

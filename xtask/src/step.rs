@@ -63,7 +63,8 @@ impl Step {
         let name = self.name;
         match outcome {
             Ok(Outcome::Passed(tally)) => {
-                println!("{name:<12} ok      {seconds:>7.1} s  {}", counts(tally));
+                let line = format!("{name:<12} ok      {seconds:>7.1} s  {}", counts(tally));
+                println!("{}", line.trim_end());
                 tally
             }
             Ok(Outcome::Skipped { why, essential }) => {

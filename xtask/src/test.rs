@@ -94,7 +94,8 @@ fn docs(workspace: &Workspace, log: &mut Log) -> Result<Outcome> {
     log.check(
         workspace
             .cargo()
-            .args(["doc", "--workspace", "--no-deps", "--locked"])
+            // The command's documentation is its --help, and its name is the library's.
+            .args(["doc", "--workspace", "--lib", "--no-deps", "--locked"])
             .env("RUSTDOCFLAGS", "-Dwarnings"),
     )
 }

@@ -9,7 +9,7 @@ use whimbrel_control::{Endpoint, Server};
 use whimbrel_vm::{ReferenceVm, SerialOutput};
 
 use crate::failure::Failure;
-use crate::monitor::Monitor;
+use crate::monitor;
 use crate::signals::OnSignal;
 use crate::vm_options::VmOptions;
 
@@ -65,11 +65,11 @@ impl RunVm {
             // A receiver that is gone means that the end has begun.
             OnSignal::call(move || drop(end.send(End::Quit)))?
         };
-        let monitor = Arc::new(Monitor::new(migrator.clone(), vm, end));
+        let backend = Arc::new(monitor::backend(&migrator, &vm, end));
         if let Some(address) = &address {
-            monitor.wait_for(address, true)?;
+            migrator.incoming(address, true)?;
         }
-        let server = self.qmp.clone().map(|at| Server::bind(at, monitor)).transpose()?;
+        let server = self.qmp.clone().map(|at| Server::bind(at, backend)).transpose()?;
         if !incoming && !self.paused {
             migrator.cont()?;
         }

@@ -310,7 +310,7 @@ pub(crate) fn hint(page: PageSize, len: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::Sharing;
-    use crate::{BlockError, PageSize, RamBlock};
+    use crate::{BlockError, PageSize, RamBlock, TargetPage};
 
     #[test]
     fn a_shared_memfd_is_seen_by_others_and_a_private_one_is_not() {
@@ -328,6 +328,22 @@ mod tests {
             let mut byte = [0xff];
             other.read(7, &mut byte).unwrap();
             assert_eq!(byte, [seen]);
+        }
+    }
+
+    #[test]
+    fn huge_pages_where_the_host_has_them() {
+        for page in [PageSize::SIZE_2M, PageSize::SIZE_1G] {
+            let len = page.bytes() as u64;
+            match RamBlock::memfd("ram", 0, len, page, Sharing::Shared) {
+                Ok(block) => {
+                    assert!(block.host_address().addr().get().is_multiple_of(page.bytes()));
+                    block.write(len - 1, &[7]).unwrap();
+                    assert!(block.is_zero(TargetPage(0)));
+                    assert!(!block.is_zero(TargetPage(block.target_pages() - 1)));
+                }
+                Err(error) => eprintln!("skipped: {error}"),
+            }
         }
     }
 

@@ -74,16 +74,22 @@ impl<'m> Claim<'m> {
         self.block
     }
 
-    /// The target pages among which its own are: the host page, or 64 neighbours (the last of
-    /// which may lie behind the end of the block). What to watch again before the first is read.
+    /// The target pages among which its own are: the host page, or up to 64 neighbours. What to
+    /// watch again before the first is read ([`DirtyLog::rearm`](crate::dirty::DirtyLog::rearm)).
     pub fn span(&self) -> Range<u64> {
-        let first = self.word as u64 * 64;
-        self.host.map_or(first..first + 64, |host| self.map.host_range(host))
+        match self.host {
+            Some(host) => self.map.host_range(host),
+            None => {
+                let first = self.word as u64 * 64;
+                first..self.map.pages(self.block).min(first + 64)
+            }
+        }
     }
 
     /// Takes the next target page to be sent, in ascending order; `None` when all are taken.
     ///
     /// What is marked again after it was taken stays on the map for another claim.
+    #[inline]
     pub fn next_page(&mut self) -> Option<TargetPage> {
         while self.left == 0 {
             if !self.next_word() {

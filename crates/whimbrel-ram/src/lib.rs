@@ -6,8 +6,16 @@
 //! ```
 //!
 //! Guest memory is written by vCPUs while this crate reads it. It is therefore never lent out as
-//! a `&[u8]`: it is touched through volatile copies ([`RamBlock::read`], [`RamBlock::write`]) or
-//! by the kernel ([`kernel_copy`]), and only here.
+//! a `&[u8]`: it is touched through copies that the compiler cannot see through
+//! ([`RamBlock::read`], [`RamBlock::write`]) or by the kernel ([`kernel_copy`]), and only here.
+//!
+//! | to | there is |
+//! |---|---|
+//! | have memory | [`RamBlock`] on any [`Backing`], all of them as [`GuestRam`] |
+//! | know what to send | [`PageMap`], filled once and marked from a [`dirty::DirtyLog`] |
+//! | send a page exactly once | a [`Claim`] on it, from a [`Sweep`] or by name |
+//! | send less | [`RamBlock::is_zero`] |
+//! | compare two sides | [`GuestRam::digest`] |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod backing;
@@ -20,6 +28,8 @@ mod map;
 mod page;
 mod sync;
 mod uffd;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub mod dirty;
 pub mod kernel_copy;

@@ -298,6 +298,10 @@ impl PageMap {
         self.block(page.block).host_range(page.number)
     }
 
+    pub(crate) fn pages(&self, block: BlockIndex) -> u64 {
+        self.block(block).pages
+    }
+
     fn owner(&self, page: HostPage) -> &AtomicU8 {
         let number = usize::try_from(page.number).expect("RAM fits in memory");
         &self.hosts(page.block).owners[number]

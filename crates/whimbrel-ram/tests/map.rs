@@ -133,6 +133,7 @@ impl<'m> Model<'m> {
         let first = (claim.block(), claim.span().start);
         assert_eq!(self.owner_of(first), None, "a host page has one owner");
         assert!(claim.remaining() > 0, "no claim is empty");
+        assert!(claim.span().end <= self.ram.block(claim.block()).target_pages());
         let batch = before - &self.pending_small();
         assert!(Self::is_large(first) || claim.remaining() == batch.len() as u64);
         self.held.push(Held { claim, batch, taken: Vec::new() });

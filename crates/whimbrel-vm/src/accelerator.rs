@@ -42,8 +42,8 @@ pub(crate) fn make(
     gaps: &Arc<[Gap]>,
 ) -> Result<Made, Error> {
     if let Some(kvm) = kvm {
-        let machine = KvmMachine::new(kvm, ram, layout, serial, gaps)?;
-        let (dirty, dirty_name) = dirty::for_kvm(config.dirty, ram)?;
+        let machine = KvmMachine::new(kvm, ram, layout, serial, gaps, config.dirty)?;
+        let (dirty, dirty_name) = machine.dirty_log();
         return Ok(Made { machine: Arc::new(machine), dirty, dirty_name });
     }
     let (dirty, dirty_name, marks) = dirty::for_native(config.dirty, ram)?;

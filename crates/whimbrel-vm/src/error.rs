@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use whimbrel::VmError;
 use whimbrel_ram::{BlockError, PageSize};
 
 /// Why a reference VM could not be made. Each is one line that says what to do.
@@ -87,6 +88,9 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The vCPU threads did not come up.
+    #[error(transparent)]
+    Start(VmError),
     /// The kernel refused a thread.
     #[error("cannot start thread {name}: {source}")]
     Thread {
@@ -97,19 +101,39 @@ pub enum Error {
     },
 }
 
-/// A number of bytes, shown with the largest unit that divides it.
+/// A number of bytes, shown with the largest unit that divides it, or in tenths of a MiB.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Size(pub u64);
 
 impl fmt::Display for Size {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const UNITS: [(u32, char); 4] = [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')];
-        for (shift, unit) in UNITS {
-            if self.0 != 0 && self.0.trailing_zeros() >= shift {
-                return write!(f, "{}{unit}", self.0 >> shift);
+        const UNITS: [(u32, char); 3] = [(40, 'T'), (30, 'G'), (20, 'M')];
+        let bytes = self.0;
+        let exact = UNITS.into_iter().find(|(shift, _)| bytes.trailing_zeros() >= *shift);
+        match exact {
+            Some((shift, unit)) if bytes != 0 => write!(f, "{}{unit}", bytes >> shift),
+            _ if bytes >= 1 << 20 => {
+                // Rounded down: what is said to be there is there.
+                let tenths = ((bytes & ((1 << 20) - 1)) * 10) >> 20;
+                write!(f, "{}.{tenths}M", bytes >> 20)
             }
+            _ => write!(f, "{bytes} bytes"),
         }
-        // Not a round number: the nearest MiB below says more than nine digits.
-        if self.0 >= 1 << 20 { write!(f, "{}M", self.0 >> 20) } else { write!(f, "{}", self.0) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Size;
+
+    #[test]
+    fn sizes_are_short() {
+        let text = |bytes| Size(bytes).to_string();
+        assert_eq!(text(3 << 30), "3G");
+        assert_eq!(text(1536 << 20), "1536M");
+        assert_eq!(text(20_143_540 << 10), "19671.4M");
+        assert_eq!(text((1 << 20) + 1), "1.0M");
+        assert_eq!(text(0), "0 bytes");
+        assert_eq!(text(65_536), "65536 bytes");
     }
 }

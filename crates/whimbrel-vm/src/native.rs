@@ -14,7 +14,7 @@ use crate::gate::Gate;
 use crate::layout::{Layout, PICKS, RAM, cpu_page};
 use crate::machine::{Machine, VCPU};
 use crate::pace::{Gap, Pace};
-use crate::pattern::{Constants, Mismatch, MismatchKind, Page};
+use crate::pattern::{Constants, Mismatch, MismatchKind, PAGE_BYTES, Page};
 use crate::serial::SerialPort;
 use crate::state::{Fields, Tag, Writer};
 use crate::workload::WorkloadKind;
@@ -84,7 +84,7 @@ impl NativeMachine {
     /// A store of the guest's: seen by the dirty log whichever it is.
     fn store(&self, offset: u64, value: u64) {
         self.ram.block(RAM).store_u64(offset, value).expect("inside the memory, as laid out");
-        self.marks.written(RAM, offset);
+        self.marks.written(RAM, offset, 8);
     }
 
     fn load(&self, offset: u64) -> u64 {
@@ -117,7 +117,7 @@ impl NativeMachine {
         let count = count.wrapping_add(1);
         page.write(constants, seed, number, count);
         block.write(offset, &page.0).expect("inside the memory, as laid out");
-        self.marks.written(RAM, offset);
+        self.marks.written(RAM, offset, PAGE_BYTES);
         self.store(counted_at, count);
         cpu.registers.updates = expected.wrapping_add(1);
         self.store(own + cpu_page::UPDATES, cpu.registers.updates);

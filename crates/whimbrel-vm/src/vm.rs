@@ -1,6 +1,7 @@
 //! The reference VM: memory, vCPU threads, serial port and state, behind the engine's [`Vm`].
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
@@ -55,6 +56,8 @@ pub struct ReferenceVm {
     gaps: Arc<[Gap]>,
     /// Held for as long as a change of phase takes, so that one comes after the other.
     phase: Mutex<Phase>,
+    /// Counts what makes a check of a stopped guest void. Changed under `phase`.
+    runs: AtomicU64,
     /// Replaced when a guest is loaded.
     layout: Mutex<Arc<Layout>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -83,12 +86,15 @@ impl ReferenceVm {
             dirty_name: made.dirty_name,
             gaps,
             phase: Mutex::new(if config.incoming { Phase::Incoming } else { Phase::Stopped }),
+            runs: AtomicU64::new(0),
             layout: Mutex::new(layout),
             threads: Mutex::new(Vec::new()),
         };
         for cpu in 0..config.vcpus {
             vm.start_thread(cpu)?;
         }
+        // Once all have come to the gate, the VM is stopped for everyone to see.
+        vm.pause_cpus().map_err(Error::Start)?;
         Ok(Arc::new(vm))
     }
 
@@ -99,6 +105,16 @@ impl ReferenceVm {
         let thread = Builder::new().name(name.clone()).spawn(work);
         lock(&self.threads).push(thread.map_err(|source| Error::Thread { name, source })?);
         Ok(())
+    }
+
+    fn pause_cpus(&self) -> Result<(), VmError> {
+        match self.gate.close(PAUSE_LIMIT, || self.kick()) {
+            0 => Ok(()),
+            left => {
+                let limit = PAUSE_LIMIT.as_secs();
+                Err(VmError::new(format!("{left} vCPUs did not stop within {limit} s")))
+            }
+        }
     }
 
     /// What runs the vCPUs.
@@ -136,17 +152,38 @@ impl ReferenceVm {
         self.gaps.iter().for_each(Gap::reset);
     }
 
-    /// What the guest's checks of itself have found; when the guest is stopped, after a check of
-    /// every page of its working set. Of a VM that still waits for its guest, nothing.
+    /// What the guest has found of itself so far: cheap, at any time. Of a VM that still waits
+    /// for its guest, nothing.
+    pub fn guest_counters(&self) -> SelfCheck {
+        if *lock(&self.phase) == Phase::Incoming {
+            return SelfCheck::default();
+        }
+        self.with_gap(check::guest_counters(&self.ram, &self.layout()))
+    }
+
+    /// As [`guest_counters`](ReferenceVm::guest_counters), and while the guest is stopped after a
+    /// check of every page of its working set, 4 GB of it a second. Nobody waits for that check:
+    /// should the guest run before it is done, its result is thrown away for the guest's own.
     pub fn self_check(&self) -> SelfCheck {
-        let phase = lock(&self.phase);
-        let mut found = match *phase {
-            Phase::Incoming => return SelfCheck::default(),
-            Phase::Running => check::guest_counters(&self.ram, &self.layout()),
-            Phase::Stopped => check::full(&self.ram, &self.layout()),
-        };
-        found.gap_max = self.gaps.iter().map(Gap::max).max().unwrap_or_default();
-        found
+        let stopped = || (*lock(&self.phase) == Phase::Stopped).then(|| self.runs());
+        let before = stopped();
+        if before.is_some() {
+            let found = check::full(&self.ram, &self.layout());
+            if stopped() == before {
+                return self.with_gap(found);
+            }
+        }
+        self.guest_counters()
+    }
+
+    fn with_gap(&self, found: SelfCheck) -> SelfCheck {
+        let gap_max = self.gaps.iter().map(Gap::max).max().unwrap_or_default();
+        SelfCheck { gap_max, ..found }
+    }
+
+    /// How often the guest was let run, or replaced.
+    fn runs(&self) -> u64 {
+        self.runs.load(Ordering::SeqCst)
     }
 
     fn layout(&self) -> Arc<Layout> {
@@ -202,6 +239,11 @@ impl Vm for ReferenceVm {
         self.uuid
     }
 
+    fn ram_is_fresh(&self) -> bool {
+        // A VM that waits writes nothing to its memory.
+        *lock(&self.phase) == Phase::Incoming
+    }
+
     fn ram(&self) -> &GuestRam {
         &self.ram
     }
@@ -212,11 +254,7 @@ impl Vm for ReferenceVm {
 
     fn pause(&self) -> Result<(), VmError> {
         let mut phase = lock(&self.phase);
-        let left = self.gate.close(PAUSE_LIMIT, || self.kick());
-        if left > 0 {
-            let limit = PAUSE_LIMIT.as_secs();
-            return Err(VmError::new(format!("{left} vCPUs did not stop within {limit} s")));
-        }
+        self.pause_cpus()?;
         if *phase == Phase::Running {
             *phase = Phase::Stopped;
         }
@@ -231,6 +269,7 @@ impl Vm for ReferenceVm {
         if let Some(failure) = self.gate.failure() {
             return Err(VmError::new(failure));
         }
+        self.runs.fetch_add(1, Ordering::SeqCst);
         self.gate.open();
         *phase = Phase::Running;
         Ok(())
@@ -274,6 +313,7 @@ impl Vm for ReferenceVm {
         let layout = Arc::new(layout);
         self.machine.load(&layout, &machine)?;
         // Nothing below can fail.
+        self.runs.fetch_add(1, Ordering::SeqCst);
         self.serial.set(&serial);
         *lock(&self.layout) = layout;
         *phase = Phase::Stopped;

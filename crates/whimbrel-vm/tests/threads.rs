@@ -37,8 +37,6 @@ fn nothing_is_left_of_a_vm() {
                 }
                 Err(error) => panic!("{error}"),
             };
-            // All threads have come to the gate when it is found closed.
-            vm.pause().unwrap();
             vm.dirty_log().start().unwrap();
             vm.resume().unwrap();
             if workload == "uniform" {

@@ -28,7 +28,7 @@ pub enum ColoMessage {
 }
 
 impl ColoMessage {
-    pub(crate) const fn number(self) -> u32 {
+    const fn number(self) -> u32 {
         match self {
             Self::CheckpointReady => 0,
             Self::CheckpointRequest => 1,
@@ -64,5 +64,32 @@ impl ColoMessage {
                 return bad(at, ErrorKind::Unexpected { expected, found: other.into() });
             }
         })
+    }
+}
+
+/// Which word the primary sends next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ColoStep {
+    Request,
+    Send,
+    Size,
+}
+
+impl ColoStep {
+    /// The step after a word; the primary sends three of them in turn.
+    pub(crate) fn take(self, message: ColoMessage) -> Result<Self, ErrorKind> {
+        let (next, expected) = match self {
+            Self::Request => (Self::Send, "CHECKPOINT_REQUEST (1)"),
+            Self::Send => (Self::Size, "VMSTATE_SEND (3)"),
+            Self::Size => (Self::Request, "VMSTATE_SIZE (4)"),
+        };
+        match (self, message) {
+            (Self::Request, ColoMessage::CheckpointRequest)
+            | (Self::Send, ColoMessage::VmstateSend)
+            | (Self::Size, ColoMessage::VmstateSize(_)) => Ok(next),
+            (Self::Request | Self::Send | Self::Size, other) => {
+                Err(ErrorKind::Unexpected { expected, found: other.number().into() })
+            }
+        }
     }
 }

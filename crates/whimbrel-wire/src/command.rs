@@ -107,7 +107,7 @@ impl RamDiscard {
         if ranges.is_empty() || cursor.at() != end {
             let found = u16::try_from(end - start).unwrap_or(u16::MAX);
             let command = "POSTCOPY_RAM_DISCARD";
-            let expected = "3 + the name's length + 16 for each range";
+            let expected = "3 bytes, the name and 16 bytes for each range";
             return bad(start, ErrorKind::CommandLength { command, expected, found });
         }
         Ok(Self { block, ranges })
@@ -177,11 +177,11 @@ impl Command {
         let length_at = cursor.at();
         let len = cursor.be16()?;
         let expected = match number {
-            1 | 4 | 5 | 8 | 9 | 11 if len != 0 => Some("0"),
-            2 | 7 if len != 4 => Some("4"),
-            3 if len != 0 && len != 16 => Some("16 or 0"),
-            6 if len < RamDiscard::LEN_MIN => Some("20 or more"),
-            10 if len < 2 => Some("1 + the name's length"),
+            1 | 4 | 5 | 8 | 9 | 11 if len != 0 => Some("0 bytes"),
+            2 | 7 if len != 4 => Some("4 bytes"),
+            3 if len != 0 && len != 16 => Some("16 or 0 bytes"),
+            6 if len < RamDiscard::LEN_MIN => Some("20 bytes or more"),
+            10 if len < 2 => Some("2 to 256 bytes"),
             1..=11 => None,
             _ => return bad(at, ErrorKind::UnknownCommand { found: number }),
         };
@@ -204,7 +204,7 @@ impl Command {
                 at: length_at,
                 kind: ErrorKind::CommandLength {
                     command: name_of(number),
-                    expected: "the length of its fields",
+                    expected: "as many bytes as its fields have",
                     found: len,
                 },
             },

@@ -39,7 +39,7 @@ pub(crate) enum Item {
 
 /// How many times the length of the run may be searched through, so that bytes made to look
 /// like footers cannot cost more than that.
-const PASSES_MAX: usize = 8;
+const PASSES_MAX: usize = 4;
 
 /// An item found, as places in the run.
 enum Place {

@@ -20,7 +20,7 @@ const PING_LEN: usize = 9;
 
 /// Most possible ends that are waited for at a time, or have turned out to be none. State made
 /// to hold more of them is not worth the time.
-const CANDIDATES_MAX: usize = 64;
+const CANDIDATES_MAX: usize = 16;
 
 /// Collects device state until its end is certain.
 #[derive(Debug)]
@@ -214,4 +214,155 @@ pub(crate) fn state_of(items: Vec<Item>, vmdesc: Option<Vec<u8>>) -> DeviceState
         }
     }
     state
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::section::encode_eof;
+    use crate::vmdesc::encode_vm_description;
+    use crate::{Command, DeviceSection, Name, SectionHeader, SectionId};
+    use alloc::string::ToString as _;
+
+    fn section(id: u32, payload: &[u8]) -> DeviceSection {
+        let name = Name::new(alloc::format!("device{id}")).unwrap();
+        let header = SectionHeader { id: SectionId(id), name, instance_id: 0, version_id: 1 };
+        DeviceSection { header, payload: payload.to_vec() }
+    }
+
+    fn json(lengths: &[(u32, usize)]) -> Vec<u8> {
+        let device = |(id, len): &(u32, usize)| {
+            alloc::format!("{{\"name\": \"device{id}\", \"instance_id\": 0, \"size\": {len}}}")
+        };
+        let devices: Vec<_> = lengths.iter().map(device).collect();
+        alloc::format!("{{\"devices\": [{}]}}", devices.join(",")).into_bytes()
+    }
+
+    fn bytes(state: &DeviceState) -> Vec<u8> {
+        let mut out = Vec::new();
+        state.encode(&mut out);
+        out
+    }
+
+    fn feed(bytes: &[u8]) -> Result<(usize, Option<DeviceState>), Error> {
+        DeviceTail::new(1000, 1 << 16).feed(bytes)
+    }
+
+    /// A payload that holds its own footer and what looks like the section after it.
+    fn deceiving() -> Vec<u8> {
+        let mut payload = SectionId(1).footer().to_vec();
+        section(2, &[9]).encode(&mut payload);
+        payload
+    }
+
+    #[test]
+    fn a_description_finds_seams_that_footers_do_not() {
+        let payload = deceiving();
+        let state = DeviceState {
+            sections: alloc::vec![section(1, &payload), section(3, b"x")],
+            commands: alloc::vec![(1, Command::SwitchoverStart), (2, Command::Ping(1))],
+            vmdesc: Some(json(&[(1, payload.len()), (3, 1)])),
+        };
+        let all = bytes(&state);
+        assert_eq!(feed(&all), Ok((all.len(), Some(state))));
+    }
+
+    #[test]
+    fn an_end_inside_a_payload_is_not_passed_over_in_silence() {
+        let with_end = |json: &[u8]| {
+            let mut payload = deceiving();
+            encode_eof(&mut payload);
+            encode_vm_description(json, &mut payload);
+            let described = Some(self::json(&[(1, payload.len()), (3, 1)]));
+            let sections = alloc::vec![section(1, &payload), section(3, b"x")];
+            bytes(&DeviceState { sections, vmdesc: described, ..DeviceState::default() })
+        };
+        // All before it is in order, so what stands there must be a description.
+        let error = feed(&with_end(b"{?")).unwrap_err();
+        assert!(matches!(error.kind, ErrorKind::VmDescription { .. }), "{error}");
+        // It describes other lengths: whichever of the two is the end, the state is not whole.
+        let error = feed(&with_end(&json(&[(1, 1)]))).unwrap_err();
+        assert!(matches!(error.kind, ErrorKind::DeviceSection { .. }), "{error}");
+        // It fits: it is the end, and the bytes after it are too many.
+        let all = with_end(b"{}");
+        assert!(feed(&all).unwrap().0 < all.len());
+    }
+
+    #[test]
+    fn a_description_that_does_not_fit_is_refused() {
+        let mut state = DeviceState {
+            sections: alloc::vec![section(1, b"abc"), section(3, b"x")],
+            commands: alloc::vec![],
+            vmdesc: Some(json(&[(1, 4), (3, 1)])),
+        };
+        let error = feed(&bytes(&state)).unwrap_err();
+        let problem = "expected its footer after the length described";
+        assert_eq!(
+            error.to_string(),
+            alloc::format!("byte 1025: device section \"device1\": {problem}")
+        );
+        state.vmdesc = Some(json(&[(1, usize::MAX), (3, 1)]));
+        assert!(feed(&bytes(&state)).is_err());
+        // One that is silent about a section leaves it to its footer.
+        state.vmdesc = Some(json(&[(3, 1)]));
+        assert_eq!(feed(&bytes(&state)).unwrap().1, Some(state.clone()));
+        state.vmdesc = Some(b"{}".to_vec());
+        assert_eq!(feed(&bytes(&state)).unwrap().1, Some(state));
+    }
+
+    #[test]
+    fn a_state_without_description_ends_with_the_stream() {
+        let state = DeviceState {
+            sections: alloc::vec![section(1, &[0x7e; 40]), section(3, b"x")],
+            ..DeviceState::default()
+        };
+        let all = bytes(&state);
+        let mut tail = DeviceTail::new(0, 1 << 16);
+        assert_eq!(tail.feed(&all), Ok((all.len(), None)));
+        assert_eq!(tail.finish_at_close(), Ok(state));
+        let mut tail = DeviceTail::new(0, 1 << 16);
+        let (_, cut) = all.split_last().unwrap();
+        tail.feed(cut).unwrap();
+        let error = tail.finish_at_close().unwrap_err();
+        assert_eq!(error.offset, all.len() as u64 - 1);
+    }
+
+    #[test]
+    fn a_ping_behind_a_footer_is_seen_while_the_source_waits() {
+        let mut all = Vec::new();
+        section(1, b"abc").encode(&mut all);
+        Command::Ping(0x1234).encode(&mut all);
+        let mut tail = DeviceTail::new(0, 1 << 16);
+        for byte in &all {
+            assert_eq!(tail.ends_with_ping(), None);
+            assert_eq!(tail.feed(&[*byte]), Ok((1, None)));
+        }
+        assert_eq!(tail.ends_with_ping(), Some(0x1234));
+        tail.feed(&[mark::EOF]).unwrap();
+        assert_eq!(tail.ends_with_ping(), None);
+        assert_eq!(tail.finish_at_close().unwrap().commands, [(1, Command::Ping(0x1234))]);
+    }
+
+    #[test]
+    fn no_more_than_the_limit_is_held() {
+        let mut tail = DeviceTail::new(0, 100);
+        assert_eq!(tail.feed(&[1; 60]), Ok((60, None)));
+        let error = tail.feed(&[1; 60]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "byte 100: bytes of device state: 101 is more than the 100 allowed"
+        );
+    }
+
+    #[test]
+    fn what_looks_like_an_end_over_and_over_is_refused() {
+        let mut all = Vec::new();
+        section(1, b"").header.encode_full(&mut all);
+        for _ in 0..=CANDIDATES_MAX {
+            all.extend_from_slice(&SectionId(2).footer());
+            all.extend_from_slice(&[0, mark::VM_DESCRIPTION, 0, 0, 0xf0, 0, b'{']);
+        }
+        let error = feed(&all).unwrap_err();
+        assert!(matches!(error.kind, ErrorKind::DeviceState { .. }), "{error}");
+    }
 }

@@ -117,7 +117,7 @@ pub enum ErrorKind {
         found: u16,
     },
     /// A command whose payload has the wrong length.
-    #[error("command {command}: expected {expected} bytes of payload, found {found}")]
+    #[error("command {command}: expected a payload of {expected}, found {found} bytes")]
     CommandLength {
         /// QEMU's name of the command.
         command: &'static str,

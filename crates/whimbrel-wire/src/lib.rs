@@ -30,6 +30,7 @@ mod colo;
 mod command;
 mod cursor;
 mod cut;
+mod decoded;
 pub mod device;
 mod device_tail;
 mod error;
@@ -53,19 +54,20 @@ pub use blocks::{BLOCKS_MAX, BlockIndex, BlockInfo, BlockList};
 pub use channel_kind::ChannelKind;
 pub use colo::ColoMessage;
 pub use command::{Command, DiscardRange, PageSizes, RamDiscard};
+pub use decoded::{Decoded, MainOptions};
 pub use device::{DeviceSection, DeviceState};
 pub use device_tail::DeviceTail;
 pub use error::{Error, ErrorKind};
 pub use header::{Configuration, FileHeader};
-pub use main_stream::{Decoded, MainDecoder, MainOptions, RAM_SECTION, RAM_VERSION};
+pub use main_stream::{MainDecoder, RAM_SECTION, RAM_VERSION};
 pub use mapped_ram::MappedRamHeader;
 pub use multifd::{MultifdDecoded, MultifdDecoder, MultifdInit, PacketHeader};
 pub use name::{BlockName, Name, NameLength};
 pub use package::{Delimiting, Package};
 pub use page::{BlockOffset, TargetPage};
 pub use record::{
-    RamRecord, RecordDecoded, RecordDecoder, RecordEncoder, RecordFormat, encode_end_of_section,
-    encode_multifd_flush,
+    RamRecord, RecordDecoded, RecordDecoder, RecordEncoder, RecordFormat, continued_page_word,
+    encode_end_of_section, encode_multifd_flush,
 };
 pub use return_path::{ReturnDecoded, ReturnDecoder, ReturnMessage};
 pub use section::{SectionHeader, SectionId, encode_eof};

@@ -469,3 +469,73 @@ fn len_of(count: u32) -> usize {
 fn until_zero(field: &[u8]) -> &[u8] {
     field.split(|byte| *byte == 0).next().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use alloc::string::{String, ToString as _};
+
+    const PAGE: TargetPage = TargetPage::FOUR_KIB;
+
+    fn packet(change: impl FnOnce(&mut PacketHeader)) -> String {
+        let block = Name::new("pc.ram").unwrap();
+        let pages = (&[BlockOffset(0x1000)][..], &[BlockOffset(0x2000)][..]);
+        let mut header = PacketHeader::pages(&block, pages, (0, 4096, 5), PAGE);
+        change(&mut header);
+        let mut bytes = Vec::new();
+        MultifdInit { uuid: [0; 16], channel: 0 }.encode(&mut bytes);
+        header.encode(&mut bytes);
+        let mut decoder = MultifdDecoder::new(PAGE);
+        decoder.decode(&bytes).unwrap();
+        match decoder.decode(bytes.get(MultifdInit::LEN..).unwrap_or_default()) {
+            Ok((taken, MultifdDecoded::Packet(found))) => {
+                assert_eq!((taken, *found), (PacketHeader::len(PAGE), header));
+                assert_eq!(decoder.payload_left(), 4096);
+                String::new()
+            }
+            Ok(other) => panic!("{other:?}"),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn headers_have_the_sizes_of_the_protocol() {
+        assert_eq!(PacketHeader::len(PAGE), 1344);
+        assert_eq!(pages_per_packet(PAGE), 128);
+        let init = MultifdInit { uuid: [1; 16], channel: 2 };
+        let mut bytes = Vec::new();
+        init.encode(&mut bytes);
+        assert_eq!(bytes.len(), MultifdInit::LEN);
+        let name = Name::new("vfio").unwrap();
+        let mut bytes = Vec::new();
+        DevicePacketHeader { name, instance_id: 0, len: 1 }.encode(&mut bytes);
+        assert_eq!(bytes.len(), 276);
+    }
+
+    #[test]
+    fn bad_packets_are_refused_at_their_field() {
+        assert_eq!(packet(|_| {}), "");
+        let alloc = packet(|header| header.pages_alloc = 129);
+        assert_eq!(alloc, "byte 76: pages a packet is made for: 129 is more than the 128 allowed");
+        let pages = packet(|header| header.zero_pages = 128);
+        assert_eq!(pages, "byte 80: pages of a packet: 129 is more than the 128 allowed");
+        let data = packet(|header| header.next_packet_size = 4095);
+        assert_eq!(data, "byte 84: expected the length of the packet's pages, found 0xfff");
+        let data = packet(|header| {
+            header.flags = packet_flag::ZSTD;
+            header.next_packet_size = u32::MAX;
+        });
+        assert_eq!(data, "byte 84: bytes of a packet: 4294967295 is more than the 1048576 allowed");
+        let flags = packet(|header| header.flags = packet_flag::ZSTD | packet_flag::ZLIB);
+        assert_eq!(flags, "byte 72: expected flags of a packet, found 0x6");
+        let sync = packet(|header| header.flags = packet_flag::SYNC | packet_flag::DEVICE_STATE);
+        assert_eq!(sync, "byte 72: expected flags of a packet, found 0x41");
+        let offset = packet(|header| header.offsets.iter_mut().for_each(|offset| *offset = 1));
+        assert_eq!(offset, "byte 384: expected offsets of whole pages, found 0x1");
+        let name = packet(|header| header.name_field = [0; NAME_FIELD]);
+        assert_eq!(name, "byte 128: expected the name of the packet's block, found 0x0");
+        // Old sources leave a length in packets without pages.
+        let empty = PacketHeader { next_packet_size: 9, ..PacketHeader::sync(1, PAGE) };
+        assert_eq!(empty.data_len(), 0);
+    }
+}

@@ -427,6 +427,14 @@ impl RecordEncoder {
     }
 }
 
+/// The word before a page of the block that the record before was of. A receiver that expects
+/// one page after the other compares with it where it has let the bytes fall, and decodes them
+/// then as always.
+#[must_use]
+pub const fn continued_page_word(offset: BlockOffset) -> [u8; 8] {
+    (offset.0 | flag::PAGE | flag::CONTINUE).to_be_bytes()
+}
+
 /// Appends the word that ends the payload of a `ram` section, or an urgent channel.
 pub fn encode_end_of_section(out: &mut Vec<u8>) {
     out.extend_from_slice(&flag::EOS.to_be_bytes());

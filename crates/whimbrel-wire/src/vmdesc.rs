@@ -166,3 +166,59 @@ pub fn describe<'a>(
     json.push_str("]}");
     json.into_bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(devices: &str) -> Result<VmDescription, ErrorKind> {
+        VmDescription::parse(alloc::format!("{{\"devices\": [{devices}]}}").as_bytes())
+    }
+
+    fn length(device: &str) -> Option<u64> {
+        let description = parse(&alloc::format!("{{\"name\": \"d\", {device}}}")).unwrap();
+        description.payload_len(&Name::new("d").unwrap(), 7)
+    }
+
+    #[test]
+    fn fields_count_by_their_elements_and_subsections_by_their_names() {
+        let plain = r#""instance_id": 7, "fields": [{"size": 4}, {"size": 8, "array_len": 3}]"#;
+        assert_eq!(length(plain), Some(28));
+        let indexed =
+            r#""instance_id": 7, "fields": [{"size": 4, "index": 0}, {"size": 4, "index": 1}]"#;
+        assert_eq!(length(indexed), Some(8));
+        // What a struct holds is in its own size.
+        let nested = r#""instance_id": 7, "fields": [{"size": 9, "type": "struct",
+            "struct": {"fields": [{"size": 5}, {"size": 4}]}}]"#;
+        assert_eq!(length(nested), Some(9));
+        let subsections = r#""instance_id": 7, "fields": [], "subsections": [{"vmsd_name": "d/ab",
+            "fields": [{"size": 2}], "subsections": [{"vmsd_name": "d/ab/c", "fields": []}]}]"#;
+        assert_eq!(length(subsections), Some(6 + 4 + 2 + 6 + 6));
+        assert_eq!(length(r#""instance_id": 7, "size": 77"#), Some(77));
+        assert_eq!(length(r#""instance_id": 8, "size": 77"#), None);
+    }
+
+    #[test]
+    fn hostile_descriptions_are_refused() {
+        let device =
+            |rest: &str| parse(&alloc::format!("{{\"name\": \"d\", \"instance_id\": 7{rest}}}"));
+        assert!(device("").is_err(), "no length");
+        assert!(device(r#", "fields": [{"size": 18446744073709551615}, {"size": 1}]"#).is_err());
+        assert!(device(r#", "fields": [{"size": 4294967296, "array_len": 4294967296}]"#).is_err());
+        assert!(device(r#", "fields": [{"size": -1}]"#).is_err());
+        assert!(device(r#", "fields": [{"size": 1.5}]"#).is_err());
+        assert!(device(r#", "fields": [{}]"#).is_err());
+        let twice = r#"{"name": "d", "instance_id": 7, "size": 1}"#;
+        assert!(parse(&alloc::format!("{twice}, {twice}")).is_err());
+        assert!(parse(r#"{"name": "", "instance_id": 7, "size": 1}"#).is_err());
+        assert!(VmDescription::parse(b"{").is_err());
+        assert!(VmDescription::parse(b"{\"devices\": [\"\xff\"]}").is_err());
+        let mut deep =
+            String::from(r#"{"name": "d", "instance_id": 7, "size": 1, "subsections": "#);
+        deep.push_str(&r#"[{"vmsd_name": "s", "subsections": "#.repeat(10_000));
+        assert!(parse(&deep).is_err(), "nested too deep, and the stack held");
+        let mut deep = String::from(r#"{"name": "d", "instance_id": 7, "size": 1, "other": "#);
+        deep.push_str(&"[".repeat(100_000));
+        assert!(parse(&deep).is_err());
+    }
+}

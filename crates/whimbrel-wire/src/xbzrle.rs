@@ -166,3 +166,54 @@ fn take_count(rest: &mut &[u8], len: usize) -> Result<usize, DeltaError> {
     *rest = after;
     Ok(count)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn delta(old: &[u8], new: &[u8]) -> (Delta, Vec<u8>) {
+        let mut out = Vec::new();
+        (encode(old, new, &mut out), out)
+    }
+
+    #[test]
+    fn encodes_pairs_of_runs() {
+        let old = [0; 300];
+        assert_eq!(delta(&old, &old), (Delta::Unchanged, alloc::vec![]));
+        let mut new = old;
+        new[0] = 7;
+        assert_eq!(delta(&old, &new).1, [0, 1, 7]);
+        new[0] = 0;
+        new[200] = 8;
+        new[201] = 9;
+        assert_eq!(delta(&old, &new).1, [200 & 0x7f | 0x80, 1, 2, 8, 9]);
+    }
+
+    #[test]
+    fn a_delta_as_long_as_the_page_is_none() {
+        let old = [0; 64];
+        let new: Vec<u8> = (0..64).map(|at| at % 2).collect();
+        assert_eq!(delta(&old, &new), (Delta::TooLong, alloc::vec![]));
+        assert_eq!(delta(&old, &[1; 64]).0, Delta::TooLong);
+    }
+
+    #[test]
+    fn refuses_what_is_no_delta() {
+        let page = || [0; 32];
+        let truncated =
+            |delta: &[u8]| matches!(decode(delta, &mut page()), Err(DeltaError::Truncated { .. }));
+        assert!(decode(&[], &mut page()).is_ok());
+        assert!(truncated(&[0]));
+        assert!(truncated(&[0, 1]));
+        assert!(truncated(&[0, 2, 5]));
+        assert!(truncated(&[0x80, 0x01, 0x01]));
+        assert_eq!(decode(&[0x80, 0x80, 1, 1], &mut page()), Err(DeltaError::Count { at: 0 }));
+        assert_eq!(decode(&[1, 0, 5], &mut page()), Err(DeltaError::EmptyRun { at: 1 }));
+        assert_eq!(decode(&[0, 1, 5, 0, 1, 6], &mut page()), Err(DeltaError::EmptyRun { at: 3 }));
+        let past = DeltaError::PastPage { at: 1, end: 33, page: 32 };
+        assert_eq!(decode(&[32, 1, 5], &mut page()), Err(past));
+        let mut page = page();
+        assert_eq!(decode(&[30, 2, 5, 6], &mut page), Ok(()));
+        assert_eq!(page[29..], [0, 5, 6]);
+    }
+}

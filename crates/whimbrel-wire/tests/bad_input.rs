@@ -1,4 +1,5 @@
 //! Each way to break the protocol is refused at its place, in words that say what was expected.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 use whimbrel_wire::{
     BlockInfo, BlockList, Command, Configuration, Decoded, DeviceSection, DiscardRange, Error,
@@ -292,17 +293,17 @@ fn commands() {
     before.clone().bytes(&[8, 0, 2, 0, 5]).fails(
         &before,
         3,
-        "command PING: expected 4 bytes of payload, found 5",
+        "command PING: expected a payload of 4 bytes, found 5 bytes",
     );
     before.clone().bytes(&[8, 0, 3, 0, 8]).fails(
         &before,
         3,
-        "command POSTCOPY_ADVISE: expected 16 or 0 bytes of payload, found 8",
+        "command POSTCOPY_ADVISE: expected a payload of 16 or 0 bytes, found 8 bytes",
     );
     before.clone().bytes(&[8, 0, 6, 0, 19]).fails(
         &before,
         3,
-        "command POSTCOPY_RAM_DISCARD: expected 20 or more bytes of payload, found 19",
+        "command POSTCOPY_RAM_DISCARD: expected a payload of 20 bytes or more, found 19 bytes",
     );
     before.clone().bytes(&[8, 0, 6, 0xff, 0xff]).fails(
         &before,
@@ -312,7 +313,7 @@ fn commands() {
     before.clone().bytes(&[8, 0, 10, 0, 4, 9, 1, 1, 1]).fails(
         &before,
         3,
-        "command RECV_BITMAP: expected the length of its fields bytes of payload, found 4",
+        "command RECV_BITMAP: expected a payload of as many bytes as its fields have, found 4 bytes",
     );
 }
 
@@ -384,7 +385,7 @@ fn block_lists() {
         0,
         "expected RAM blocks of 32768 bytes in total, found 36864 with \"pc.ram\"",
     );
-    first.clone().word(u64::MAX & !0xfff).fails(
+    first.clone().word(!0xfff).fails(
         &first,
         0,
         "expected RAM blocks of 32768 bytes in total, found 18446744073709547520 with \"pc.ram\"",
@@ -637,4 +638,24 @@ fn recovery_needs_a_postcopy() {
     RAM.encode_part(&mut early);
     let error = decoder.decode(&early).unwrap_err();
     assert_eq!(error.to_string(), "byte 0: section 2 comes before POSTCOPY_RESUME");
+}
+
+#[test]
+fn words_of_colo() {
+    let read = |words: &[u32]| {
+        let mut stream = Stream::with_ram().end().with(encode_eof);
+        words.iter().for_each(|word| stream.0.extend_from_slice(&word.to_be_bytes()));
+        let before = stream.0.len() as u64;
+        let error = stream.read_with(MainOptions { colo: true, ..MainOptions::default() });
+        error.map(|_| ()).map_err(|error| (before - error.offset, error.kind.to_string()))
+    };
+    assert_eq!(read(&[1, 3]), Ok(()));
+    let wrong = |text: &str| Err((4, text.to_owned()));
+    assert_eq!(read(&[9]), wrong("expected a COLO message of 0 to 6, found 0x9"));
+    assert_eq!(read(&[5]), wrong("expected CHECKPOINT_REQUEST (1), found 0x5"));
+    assert_eq!(read(&[1, 1]), wrong("expected VMSTATE_SEND (3), found 0x1"));
+    // A checkpoint is RAM's end and the end mark: nothing else.
+    let part = Stream::with_ram().end().with(encode_eof).word(1 << 32 | 3).part();
+    let error = part.read_with(MainOptions { colo: true, ..MainOptions::default() }).unwrap_err();
+    assert_eq!(error.kind.to_string(), "section 2 is not part of a checkpoint");
 }

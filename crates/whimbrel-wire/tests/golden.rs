@@ -1,5 +1,6 @@
 //! Real streams of QEMU: every file decodes to its last byte, gives the same messages in pieces
 //! of any size, and is written back to the byte.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail like tests")]
 
 mod support;
 
@@ -9,14 +10,39 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 use support::{
-    Counts, Driven, Item, PAGE, Pieces, drive, encode_main, encode_multifd, encode_record,
-    encode_return,
+    Driven, Item, PAGE, Pieces, drive, encode_main, encode_multifd, encode_record, encode_return,
 };
 use whimbrel_wire::{
     BlockList, ChannelKind, Decoded, DeviceState, Error, ErrorKind, MainDecoder, MainOptions,
     MultifdDecoded, MultifdDecoder, RamRecord, RecordDecoder, RecordEncoder, RecordFormat,
     ReturnDecoded, ReturnDecoder, ReturnMessage, xbzrle,
 };
+
+/// Counts of records, by their names in the manifest.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Counts {
+    zero: u64,
+    page: u64,
+    xbzrle: u64,
+    eos: u64,
+    multifd_flush: u64,
+}
+
+impl Counts {
+    fn of(records: impl IntoIterator<Item = RamRecord>) -> Self {
+        let mut counts = Self::default();
+        for record in records {
+            *match record {
+                RamRecord::Zero { .. } => &mut counts.zero,
+                RamRecord::PageFollows { .. } => &mut counts.page,
+                RamRecord::XbzrleFollows { .. } => &mut counts.xbzrle,
+                RamRecord::EndOfSection => &mut counts.eos,
+                RamRecord::MultifdFlush => &mut counts.multifd_flush,
+            } += 1;
+        }
+        counts
+    }
+}
 
 const PIECES: [Pieces; 4] =
     [Pieces::Of(1), Pieces::Of(7), Pieces::Of(4096), Pieces::Random(0x5eed)];

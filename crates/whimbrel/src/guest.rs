@@ -26,7 +26,19 @@ pub(crate) struct Guest {
 struct Inner {
     state: RunState,
     right: Slot,
+    stop_asked: bool,
     next_subscriber: u64,
+}
+
+/// What came of asking for the right.
+#[derive(Debug)]
+pub(crate) enum Taken {
+    /// It is the asker's, to be brought back or given up.
+    Right(RunRight),
+    /// A migration holds it while it switches over.
+    SwitchingOver,
+    /// It is not here.
+    Elsewhere,
 }
 
 /// Where the right is.
@@ -61,7 +73,7 @@ impl Guest {
         };
         Guest {
             vm,
-            inner: Mutex::new(Inner { state, right, next_subscriber: 0 }),
+            inner: Mutex::new(Inner { state, right, stop_asked: false, next_subscriber: 0 }),
             returned: Condvar::new(),
             subscribers: Mutex::default(),
         }
@@ -77,6 +89,8 @@ impl Guest {
 
     pub(crate) fn set_state(&self, state: RunState) {
         self.lock().state = state;
+        // Who waits for the right may have to see that it is not worth waiting.
+        self.returned.notify_all();
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -84,21 +98,30 @@ impl Guest {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the right, waiting for whoever has it for a moment. `None` when it is elsewhere.
-    pub(crate) fn take_right(&self) -> Option<RunRight> {
+    /// Takes the right, waiting for whoever has it for a moment. A migration that switches over
+    /// has it for longer: nobody waits for that.
+    pub(crate) fn take_right(&self) -> Taken {
         let mut inner = self.lock();
         loop {
             match std::mem::replace(&mut inner.right, Slot::Taken) {
-                Slot::Here(right) => return Some(right),
+                Slot::Here(right) => return Taken::Right(right),
+                Slot::Taken if inner.state == RunState::FinishMigrate => {
+                    return Taken::SwitchingOver;
+                }
                 Slot::Taken => {
                     inner = self.returned.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 }
                 elsewhere @ (Slot::Elsewhere | Slot::InDoubt) => {
                     inner.right = elsewhere;
-                    return None;
+                    return Taken::Elsewhere;
                 }
             }
         }
+    }
+
+    /// Whether the guest was told to stop while it was being switched over; forgets it.
+    pub(crate) fn stop_was_asked(&self) -> bool {
+        std::mem::take(&mut self.lock().stop_asked)
     }
 
     /// Brings the right back, with the state the guest is in.
@@ -149,8 +172,14 @@ impl Guest {
 
     /// `stop`.
     pub(crate) fn stop(&self) -> Result<(), Error> {
-        let Some(right) = self.take_right() else {
-            return Ok(()); // It does not run here: nothing to stop.
+        let right = match self.take_right() {
+            Taken::Right(right) => right,
+            Taken::Elsewhere => return Ok(()), // It does not run here: nothing to stop.
+            Taken::SwitchingOver => {
+                // It stands still already, and is to stay so if it comes back.
+                self.lock().stop_asked = true;
+                return Ok(());
+            }
         };
         let before = self.state();
         if before != RunState::Running {
@@ -165,8 +194,15 @@ impl Guest {
     /// `cont`.
     pub(crate) fn cont(&self) -> Result<(), Error> {
         let right = match self.take_right() {
-            Some(right) => right,
-            None => self.right_by_order().ok_or_else(|| match self.state() {
+            Taken::Right(right) => right,
+            Taken::SwitchingOver => {
+                return Err(Error::Refused(
+                    "the guest is being switched over: it runs at the destination soon \
+                     (or here, after 'migrate_cancel')"
+                        .into(),
+                ));
+            }
+            Taken::Elsewhere => self.right_by_order().ok_or_else(|| match self.state() {
                 RunState::Inmigrate => Error::Refused(
                     "the guest has not arrived yet: it runs when its migration is complete".into(),
                 ),

@@ -156,10 +156,12 @@ impl Migrator {
         inner.refuse_while_running()?;
         match self.guest.state() {
             RunState::Inmigrate => {
-                return Err(Error::Refused("the guest has not arrived yet".into()));
+                return Err(Error::Refused("Guest is waiting for an incoming migration".into()));
             }
             RunState::Postmigrate => {
-                return Err(Error::Refused("the guest has moved away already".into()));
+                return Err(Error::Refused(
+                    "Can't migrate the vm that was paused due to previous migration".into(),
+                ));
             }
             _ => {}
         }
@@ -190,15 +192,12 @@ impl Migrator {
         inner.refuse_while_running()?;
         if self.guest.state() != RunState::Inmigrate {
             return Err(Error::Refused(
-                "the guest is here already: only a VM started with '--incoming' takes one in"
+                "'-incoming' was not specified on the command line: the guest is here already"
                     .into(),
             ));
         }
         if inner.run.is_some() {
-            return Err(Error::Refused(
-                "a migration into this VM has been tried: its RAM is not fresh; start a new one"
-                    .into(),
-            ));
+            return Err(Error::Refused("The incoming migration has already been started".into()));
         }
         let cancel = new_cancel()?;
         let listener = Listener::bind(address, &cancel)?;
@@ -244,7 +243,7 @@ impl Migrator {
                 run.proceed.set();
                 Ok(())
             }
-            _ => Err(Error::Refused(format!("the migration is not in the state {state}"))),
+            _ => Err(Error::Refused(format!("Migration not in expected state: {state}"))),
         }
     }
 
@@ -271,7 +270,7 @@ impl Inner {
 
     fn refuse_while_running(&self) -> Result<(), Error> {
         match self.is_running() {
-            true => Err(Error::Refused("a migration is under way already".into())),
+            true => Err(Error::Refused("There's a migration process in progress".into())),
             false => Ok(()),
         }
     }

@@ -85,7 +85,7 @@ pub enum SettingError {
         found: u64,
     },
     /// Not while a migration runs.
-    #[error("a migration is under way: capabilities can be set before it or after it")]
+    #[error("There's a migration process in progress")]
     Running,
 }
 

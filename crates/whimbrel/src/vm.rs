@@ -22,6 +22,12 @@ pub trait Vm: Send + Sync {
     /// Its RAM, the same blocks in the same order for as long as a migration runs.
     fn ram(&self) -> &GuestRam;
 
+    /// Whether every byte of RAM is zero when a migration comes in, because nothing was written
+    /// since it was mapped. Then zero pages are not looked at, and not taken from the host.
+    fn ram_is_fresh(&self) -> bool {
+        false
+    }
+
     /// What tells which pages the guest (and the VMM itself) writes.
     fn dirty_log(&self) -> &dyn DirtyLog;
 

@@ -16,6 +16,8 @@ pub(crate) enum Role {
     SourceMain,
     /// Drives a migration into here.
     DestinationMain,
+    /// Takes memory from the host ahead of the pages that come.
+    DestinationPopulate,
 }
 
 impl Role {
@@ -24,6 +26,7 @@ impl Role {
         match self {
             Role::SourceMain => "source/main",
             Role::DestinationMain => "dest/main",
+            Role::DestinationPopulate => "dest/populate",
         }
     }
 }
@@ -155,7 +158,7 @@ mod tests {
 
     #[test]
     fn names_fit_into_the_kernels_15_bytes() {
-        for role in [Role::SourceMain, Role::DestinationMain] {
+        for role in [Role::SourceMain, Role::DestinationMain, Role::DestinationPopulate] {
             assert!(role.name().len() <= 15);
         }
     }

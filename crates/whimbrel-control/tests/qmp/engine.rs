@@ -117,7 +117,7 @@ fn a_guest_moves_pauses_before_the_switchover_and_goes_on() {
     from.migrate(&format!("tcp:{host}:{port}")).unwrap();
     assert_eq!(until(&mut from, PreSwitchover), [Setup, Active, PreSwitchover]);
     assert!(!from.query_status().unwrap().running);
-    assert!(refusal(from.migrate("tcp:127.0.0.1:1")).contains("under way"));
+    assert!(refusal(from.migrate("tcp:127.0.0.1:1")).contains("migration process in progress"));
     refusal(from.set_capability(Capability::Events, true));
     refusal(from.migrate_continue("device"));
     from.migrate_continue("pre-switchover").unwrap();

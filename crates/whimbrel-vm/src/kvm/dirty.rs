@@ -4,15 +4,27 @@ use std::io;
 use std::sync::Arc;
 
 use kvm_ioctls::{VcpuFd, VmFd};
-use whimbrel_ram::{BlockIndex, GuestRam};
+use whimbrel::VmError;
 use whimbrel_ram::dirty::{DirtyLog, KvmLog, KvmRing, KvmSlot, PagemapScan};
+use whimbrel_ram::{BlockIndex, GuestRam};
 
 use crate::config::DirtyKind;
 use crate::dirty::can_scan;
 use crate::error::Error;
 
-/// Pages that a vCPU's ring holds before the vCPU has to wait for it to be emptied.
-const RING_ENTRIES: u32 = 16 << 10;
+/// Entries of a vCPU's ring: as many as KVM allows.
+const RING_ENTRIES: u32 = 1 << 16;
+
+/// A vCPU's ring is emptied after so many updates of its guest at the latest.
+///
+/// KVM leaves the guest when the ring is nearly full, and looks at that only on entering it. In
+/// hardware an entry is a page, written for the first time since it was last protected. A KVM
+/// that emulates the guest's instructions makes an entry of every store: the 512 stores of one
+/// update can be more than the reserve, and KVM then writes past the end of the ring, over pages
+/// that nobody has taken. So many updates do not fill it, not even that way.
+const UPDATES_PER_REAP: u32 = 32;
+/// A ring that is still full after being emptied so often has been overrun.
+const FULL_IN_A_ROW: u32 = 16;
 
 /// One of the logs there are on KVM.
 #[derive(Debug)]
@@ -55,13 +67,13 @@ impl KvmDirty {
         }
     }
 
-    /// A vCPU cannot go on before its ring is emptied.
-    pub(crate) fn ring_full(&self) -> io::Result<()> {
+    /// Empties the rings into the log, where there are rings.
+    fn reap(&self) -> Result<(), VmError> {
         match self {
-            KvmDirty::Ring(ring) => ring.reap(),
-            KvmDirty::Log(_) | KvmDirty::Scan(_) => {
-                Err(io::Error::other("full, but this VM has none"))
+            KvmDirty::Ring(ring) => {
+                ring.reap().map_err(|error| VmError::new(format!("dirty ring: {error}")))
             }
+            KvmDirty::Log(_) | KvmDirty::Scan(_) => Ok(()),
         }
     }
 
@@ -71,6 +83,38 @@ impl KvmDirty {
             KvmDirty::Ring(ring) => (Arc::clone(ring) as _, DirtyKind::KvmRing.name()),
             KvmDirty::Scan(scan) => (Arc::clone(scan) as _, DirtyKind::PagemapScan.name()),
         }
+    }
+}
+
+/// Watches over the ring of one vCPU while it runs.
+#[derive(Debug, Default)]
+pub(crate) struct RingWatch {
+    updates: u32,
+    full: u32,
+}
+
+impl RingWatch {
+    /// The guest has updated a page.
+    pub(crate) fn updated(&mut self, dirty: &KvmDirty) -> Result<(), VmError> {
+        self.full = 0;
+        self.updates += 1;
+        if self.updates < UPDATES_PER_REAP {
+            return Ok(());
+        }
+        self.updates = 0;
+        dirty.reap()
+    }
+
+    /// KVM says that the ring is full: the vCPU cannot go on before it is emptied.
+    pub(crate) fn full(&mut self, dirty: &KvmDirty) -> Result<(), VmError> {
+        self.full += 1;
+        if self.full > FULL_IN_A_ROW {
+            return Err(VmError::new(
+                "this KVM wrote past the end of a dirty ring, and what it overwrote is lost: take \
+                 --dirty kvm-log",
+            ));
+        }
+        dirty.reap()
     }
 }
 

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "tells KVM where guest memory lies")]
 
 mod boot;
+mod dirty;
 mod guest;
 mod kick;
 mod msrs;
@@ -10,15 +11,16 @@ mod state;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_MAX_CPUID_ENTRIES,
-    kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_CAP_SPLIT_IRQCHIP, KVM_CLOCK_REALTIME, KVM_EXIT_DIRTY_RING_FULL,
+    KVM_MAX_CPUID_ENTRIES, kvm_clock_data, kvm_enable_cap, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Error as Errno, Kvm, VcpuExit, VcpuFd, VmFd};
 use whimbrel::{DeviceState, VmError};
 use whimbrel_ram::GuestRam;
+use whimbrel_ram::dirty::DirtyLog;
 use zerocopy::{FromBytes, IntoBytes};
 
-use crate::config::Accel;
+use crate::config::{Accel, DirtyKind};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::layout::Layout;
@@ -27,6 +29,7 @@ use crate::pace::{Gap, Pace};
 use crate::serial::{self, SerialPort};
 use crate::state::{Fields, Tag, Writer};
 
+use dirty::{KvmDirty, RingWatch};
 use guest::DOORBELL;
 use kick::Kick;
 use msrs::KvmMsrs;
@@ -47,14 +50,16 @@ struct Cpu {
 
 /// vCPUs on KVM.
 pub(crate) struct KvmMachine {
-    ram: GuestRam,
     serial: Arc<SerialPort>,
     gaps: Arc<[Gap]>,
     abilities: Abilities,
-    /// Before the vCPUs, whose memory they point into: fields are dropped in this order.
+    /// Fields are dropped in this order: these before the vCPUs whose memory they point into.
     kicks: Vec<Kick>,
     cpus: Vec<Mutex<Cpu>>,
+    dirty: KvmDirty,
     vm: VmFd,
+    /// After the VM that is given its memory.
+    ram: GuestRam,
 }
 
 /// What failed, as an error that says what to do.
@@ -107,6 +112,7 @@ impl KvmMachine {
         layout: &Arc<Layout>,
         serial: &Arc<SerialPort>,
         gaps: &Arc<[Gap]>,
+        dirty: DirtyKind,
     ) -> Result<KvmMachine, Error> {
         let vm = kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         if kvm.check_extension(Cap::SetTssAddr) {
@@ -116,19 +122,9 @@ impl KvmMachine {
         let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
         split.args[0] = ROUTES;
         vm.enable_cap(&split).map_err(failed("KVM_CAP_SPLIT_IRQCHIP"))?;
-        for (index, block) in ram.blocks() {
-            let region = kvm_userspace_memory_region {
-                slot: u32::from(index.0),
-                flags: 0,
-                guest_phys_addr: block.guest_address(),
-                memory_size: block.len(),
-                userspace_addr: block.host_address().as_ptr().addr() as u64,
-            };
-            // SAFETY: the block stays mapped as long as `ram`, which this machine keeps as long
-            // as the VM; the blocks do not overlap, neither here nor in the guest.
-            unsafe { vm.set_user_memory_region(region) }
-                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        }
+        give_memory(&vm, ram)?;
+        // Before the vCPUs: their rings are made with them.
+        let dirty = KvmDirty::new(dirty, &vm, ram)?;
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(failed("KVM_GET_SUPPORTED_CPUID"))?;
@@ -143,6 +139,7 @@ impl KvmMachine {
                 abilities = Some(Abilities::of(&vm, msrs));
             }
             boot::reset(&fd, layout, id).map_err(failed("setting up a vCPU"))?;
+            dirty.add_vcpu(&fd)?;
             kicks.push(Kick::of(&mut fd));
             cpus.push(Mutex::new(Cpu { fd, layout: Arc::clone(layout) }));
         }
@@ -153,8 +150,15 @@ impl KvmMachine {
             abilities: abilities.expect("there is at least one vCPU"),
             kicks,
             cpus,
+            dirty,
             vm,
         })
+    }
+
+    /// What sees the guest's writes, and its name. The VMM itself writes nothing to the memory of
+    /// a guest that runs: what it emulates does not reach memory.
+    pub(crate) fn dirty_log(&self) -> (Arc<dyn DirtyLog>, &'static str) {
+        self.dirty.log()
     }
 
     fn cpu(&self, id: u32) -> MutexGuard<'_, Cpu> {
@@ -227,6 +231,7 @@ impl Machine for KvmMachine {
         let kick = &self.kicks[id as usize];
         let rate = cpu.layout.workload.rate;
         let mut pace = Pace::start();
+        let mut rings = RingWatch::default();
         kick.clear();
         // Whether the guest's last I/O instruction is only finished by going back in.
         let mut unfinished = false;
@@ -242,6 +247,7 @@ impl Machine for KvmMachine {
             match exit {
                 Ok(VcpuExit::IoOut(DOORBELL, _)) => {
                     unfinished = true;
+                    rings.updated(&self.dirty)?;
                     pace.updated(&self.gaps[id as usize], rate, gate);
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -253,6 +259,7 @@ impl Machine for KvmMachine {
                     self.port_in(port, data);
                 }
                 Ok(VcpuExit::Intr) => {}
+                Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => rings.full(&self.dirty)?,
                 Ok(VcpuExit::Hlt) => gate.sleep(None),
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
                     if !gate.recalled() {
@@ -315,6 +322,24 @@ impl Machine for KvmMachine {
         }
         Ok(())
     }
+}
+
+/// Tells KVM where the guest's memory lies: each block a slot of the block's number.
+fn give_memory(vm: &VmFd, ram: &GuestRam) -> Result<(), Error> {
+    for (index, block) in ram.blocks() {
+        let region = kvm_userspace_memory_region {
+            slot: u32::from(index.0),
+            flags: 0,
+            guest_phys_addr: block.guest_address(),
+            memory_size: block.len(),
+            userspace_addr: block.host_address().as_ptr().addr() as u64,
+        };
+        // SAFETY: the block stays mapped as long as `ram`, which the machine keeps as long
+        // as the VM; the blocks do not overlap, neither here nor in the guest.
+        unsafe { vm.set_user_memory_region(region) }
+            .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
 }
 
 /// Which of the serial port's registers that is.

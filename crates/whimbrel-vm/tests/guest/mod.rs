@@ -29,11 +29,11 @@ pub(crate) fn make(config: &Config) -> Arc<ReferenceVm> {
 
 /// Waits until the guest has done `updates` more.
 pub(crate) fn run_for_updates(vm: &ReferenceVm, updates: u64) {
-    let wanted = vm.self_check().updates + updates;
+    let wanted = vm.guest_counters().updates + updates;
     let start = Instant::now();
-    while vm.self_check().updates < wanted {
+    while vm.guest_counters().updates < wanted {
         assert_eq!(vm.failure(), None);
-        let done = vm.self_check().updates;
+        let done = vm.guest_counters().updates;
         assert!(
             start.elapsed() < Duration::from_secs(60),
             "{done} of {wanted} updates in a minute"

@@ -19,7 +19,7 @@ pub(crate) enum Pieces {
 }
 
 impl Pieces {
-    fn next(&mut self) -> usize {
+    pub(crate) fn draw(&mut self) -> usize {
         match self {
             Self::Of(size) => *size,
             Self::Random(state) => {
@@ -182,33 +182,7 @@ pub(crate) fn drive<'a, D: Decode>(
         if end == stream.len() {
             return Ok(Driven { items, rest: &stream[at..] });
         }
-        end = stream.len().min(end + pieces.next());
-    }
-}
-
-/// Counts of records, by their names in the manifest.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct Counts {
-    pub(crate) zero: u64,
-    pub(crate) page: u64,
-    pub(crate) xbzrle: u64,
-    pub(crate) eos: u64,
-    pub(crate) multifd_flush: u64,
-}
-
-impl Counts {
-    pub(crate) fn of(records: impl IntoIterator<Item = RamRecord>) -> Self {
-        let mut counts = Self::default();
-        for record in records {
-            *match record {
-                RamRecord::Zero { .. } => &mut counts.zero,
-                RamRecord::PageFollows { .. } => &mut counts.page,
-                RamRecord::XbzrleFollows { .. } => &mut counts.xbzrle,
-                RamRecord::EndOfSection => &mut counts.eos,
-                RamRecord::MultifdFlush => &mut counts.multifd_flush,
-            } += 1;
-        }
-        counts
+        end = stream.len().min(end + pieces.draw());
     }
 }
 

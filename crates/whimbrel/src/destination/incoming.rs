@@ -3,15 +3,19 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use whimbrel_ram::{BlockIndex, GuestRam, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{GuestRam, RamBlock, TARGET_PAGE};
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
     MainOptions, RamRecord, ReturnMessage, xbzrle,
 };
 
+use super::ahead::Ahead;
 use super::input::Input;
+use super::placing::{Place, Placing};
 use crate::channel::Channel;
 use crate::error::Error;
+
+const PAGE: usize = TARGET_PAGE.bytes();
 
 /// Who takes the stream in: a VM that runs it or a file that keeps it.
 pub(crate) trait Host {
@@ -20,6 +24,9 @@ pub(crate) trait Host {
 
     /// RAM for the blocks that come, in whatever order.
     fn ram(&mut self, announced: &BlockList) -> Result<GuestRam, Error>;
+
+    /// Whether that RAM is all zero.
+    fn ram_is_fresh(&self) -> bool;
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
@@ -39,9 +46,8 @@ pub(crate) enum Devices {
 #[derive(Debug)]
 pub(crate) struct Incoming {
     input: Input,
-    ram: Option<GuestRam>,
-    /// The stream's blocks, by their place in its list.
-    blocks: Vec<BlockIndex>,
+    placing: Option<Placing>,
+    ahead: Ahead,
     return_path: bool,
     own_machine: bool,
     sections: Vec<DeviceSection>,
@@ -53,8 +59,8 @@ impl Incoming {
     pub(crate) fn new(channel: Channel) -> Incoming {
         Incoming {
             input: Input::new(channel, MainDecoder::new(MainOptions::default())),
-            ram: None,
-            blocks: Vec::new(),
+            placing: None,
+            ahead: Ahead::default(),
             return_path: false,
             own_machine: false,
             sections: Vec::new(),
@@ -71,6 +77,7 @@ impl Incoming {
     /// Takes the stream in up to where its guest may run: the source has given up the right.
     pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<(), Error> {
         loop {
+            self.read_ahead()?;
             let return_path = self.return_path;
             let next = self.input.next(|channel, ping| match return_path {
                 true => send(channel, &ReturnMessage::Pong(ping)),
@@ -92,6 +99,17 @@ impl Incoming {
         }
     }
 
+    fn read_ahead(&mut self) -> Result<(), Error> {
+        let Some(placing) = &mut self.placing else { return Ok(()) };
+        loop {
+            let pages = self.ahead.read(&mut self.input, placing)?;
+            if pages == 0 {
+                return Ok(());
+            }
+            count(&self.placed, pages);
+        }
+    }
+
     /// The other side closed: only a QEMU that describes no devices ends like that.
     fn finish_at_close(&mut self, host: &mut dyn Host) -> Result<(), Error> {
         match self.input.close()? {
@@ -104,7 +122,7 @@ impl Incoming {
     }
 
     fn load(&mut self, host: &mut dyn Host, devices: Devices) -> Result<(), Error> {
-        if self.ram.is_none() {
+        if self.placing.is_none() {
             return Err(Error::Refused(
                 "main channel: the stream has devices but no RAM: it is not a whole migration"
                     .into(),
@@ -154,8 +172,9 @@ impl Incoming {
             let name = info.name.as_str().unwrap_or_default();
             ram.find(name).map(|(index, _)| index).expect("the host took every block announced")
         };
-        self.blocks = announced.iter().map(|(_, info)| place(info)).collect();
-        self.ram = Some(ram);
+        let blocks = announced.iter().map(|(_, info)| place(info)).collect();
+        let placing = Placing::new(ram.clone(), blocks, host.ram_is_fresh());
+        self.placing = Some(placing.populating_ahead()?);
         Ok(())
     }
 
@@ -187,58 +206,32 @@ impl Incoming {
     }
 
     fn record(&mut self, record: RamRecord) -> Result<(), Error> {
-        self.placed.fetch_add(TARGET_PAGE.bytes() as u64, Ordering::Relaxed);
+        let Some(placing) = &mut self.placing else {
+            return Err(unsupported("a page before the block list"));
+        };
         match record {
             RamRecord::PageFollows { block, offset, .. } => {
-                let (ram, index) = self.place(block)?;
-                self.input.take_page(ram.block(index), offset.0)
-            }
-            RamRecord::Zero { block, offset } => {
-                let (ram, index) = self.place(block)?;
-                let block = ram.block(index);
-                // Untouched memory is zero and stays untouched.
-                if !block.is_zero(TargetPage::containing(offset.0)) {
-                    block.write_zeros(offset.0, TARGET_PAGE.bytes())?;
-                }
+                let place = Place { block: block.get(), offset: offset.0 };
+                self.input.take_page(placing.block(place), place.offset)?;
+                placing.placed(place);
+                count(&self.placed, 1);
                 Ok(())
             }
+            RamRecord::Zero { block, offset } => {
+                count(&self.placed, 1);
+                placing.place_zero(Place { block: block.get(), offset: offset.0 })
+            }
             RamRecord::XbzrleFollows { block, offset, len } => {
-                let (ram, index) = self.place(block)?;
-                self.delta(&ram, index, offset.0, len)
+                let place = Place { block: block.get(), offset: offset.0 };
+                delta(&mut self.input, placing.block(place), place.offset, len)?;
+                placing.placed(place);
+                Ok(())
             }
             RamRecord::EndOfSection => Ok(()),
             RamRecord::MultifdFlush => {
                 Err(unsupported("a multifd stream (switch capability multifd off at the source)"))
             }
         }
-    }
-
-    fn delta(
-        &mut self,
-        ram: &GuestRam,
-        index: BlockIndex,
-        offset: u64,
-        len: usize,
-    ) -> Result<(), Error> {
-        const PAGE: usize = TARGET_PAGE.bytes();
-        let mut delta = [0; PAGE];
-        let at = self.input.decoder().offset();
-        let delta = &mut delta[..len];
-        self.input.take_bytes(delta)?;
-        let mut page = [0; PAGE];
-        ram.block(index).read(offset, &mut page)?;
-        xbzrle::decode(delta, &mut page).map_err(|source| Error::Delta {
-            channel: "main",
-            offset: at,
-            source,
-        })?;
-        ram.block(index).write(offset, &page)?;
-        Ok(())
-    }
-
-    fn place(&self, block: whimbrel_wire::BlockIndex) -> Result<(GuestRam, BlockIndex), Error> {
-        let ram = self.ram.clone().ok_or_else(|| unsupported("pages before the block list"))?;
-        Ok((ram, self.blocks[block.get()]))
     }
 
     fn answer(&mut self, message: &ReturnMessage) -> Result<(), Error> {
@@ -262,6 +255,27 @@ impl Incoming {
             let _ = self.answer(&ReturnMessage::Shut(1));
         }
     }
+}
+
+/// Applies the delta of `len` bytes that follows to the page at `offset`.
+fn delta(input: &mut Input, block: &RamBlock, offset: u64, len: usize) -> Result<(), Error> {
+    let mut delta = [0; PAGE];
+    let delta = &mut delta[..len];
+    let at = input.decoder().offset();
+    input.take_bytes(delta)?;
+    let mut page = [0; PAGE];
+    block.read(offset, &mut page)?;
+    xbzrle::decode(delta, &mut page).map_err(|source| Error::Delta {
+        channel: "main",
+        offset: at,
+        source,
+    })?;
+    block.write(offset, &page)?;
+    Ok(())
+}
+
+fn count(placed: &AtomicU64, pages: usize) {
+    placed.fetch_add((pages * PAGE) as u64, Ordering::Relaxed);
 }
 
 fn send(channel: &mut Channel, message: &ReturnMessage) -> Result<(), Error> {

@@ -8,8 +8,10 @@ use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
 use crate::channel::Channel;
 use crate::error::Error;
 
+const PAGE: usize = TARGET_PAGE.bytes();
+
 /// What one system call reads. Small enough to be in the second-level cache when it is copied on.
-const BUFFER: usize = 512 << 10;
+pub(super) const BUFFER: usize = 512 << 10;
 
 /// A channel being decoded.
 #[derive(Debug)]
@@ -95,33 +97,66 @@ impl Input {
 
     /// Takes the page that follows into `block` at `offset`.
     pub(crate) fn take_page(&mut self, block: &RamBlock, offset: u64) -> Result<(), Error> {
-        const PAGE: usize = TARGET_PAGE.bytes();
         let here = (self.end - self.start).min(PAGE);
         block.write(offset, &self.buffer[self.start..self.start + here])?;
         self.start += here;
-        if here < PAGE {
-            self.receive_rest(block, offset + here as u64, PAGE - here)?;
+        self.rest_of_page(block, offset, here)
+    }
+
+    /// The first `here` bytes of the page that follows are in `block` at `offset`: the others come
+    /// straight from the channel.
+    pub(super) fn rest_of_page(
+        &mut self,
+        block: &RamBlock,
+        offset: u64,
+        here: usize,
+    ) -> Result<(), Error> {
+        let mut got = here;
+        while got < PAGE {
+            let mut pieces = Scatter::new();
+            pieces.push_guest(block, offset + got as u64, PAGE - got)?;
+            match self.channel.receive(&mut pieces)? {
+                0 => return Err(self.ended(format!("{} bytes more of a page", PAGE - got))),
+                bytes => got += bytes,
+            }
         }
         self.decoder.payload_taken(PAGE as u64);
         Ok(())
     }
 
-    /// The buffer is empty: what is missing of a page comes straight from the channel, and what
-    /// follows it into the buffer, in the same call.
-    fn receive_rest(&mut self, block: &RamBlock, offset: u64, len: usize) -> Result<(), Error> {
-        let mut got = 0;
-        while got < len {
-            let mut pieces = Scatter::new();
-            pieces.push_guest(block, offset + got as u64, len - got)?;
-            pieces.push_buffer(&mut self.buffer);
-            let bytes = self.channel.receive(&mut pieces)?;
-            if bytes == 0 {
-                (self.start, self.end) = (0, 0);
-                return Err(self.ended(format!("{} bytes more of a page", len - got)));
-            }
-            got += bytes;
-        }
-        (self.start, self.end) = (0, got - len);
+    /// What is held, when it is less than `bytes`.
+    pub(super) fn held_below(&self, bytes: usize) -> Option<&[u8]> {
+        Some(&self.buffer[self.start..self.end]).filter(|held| held.len() < bytes)
+    }
+
+    /// What was held has been copied elsewhere.
+    pub(super) fn forget_held(&mut self) {
+        (self.start, self.end) = (0, 0);
+    }
+
+    /// Bytes that were received elsewhere are the next to be decoded; nothing is held.
+    pub(super) fn put_back(&mut self, bytes: &[u8]) {
+        assert_eq!(self.start, self.end, "nothing else is held");
+        (self.start, self.end) = (0, bytes.len());
+        self.buffer[..bytes.len()].copy_from_slice(bytes);
+    }
+
+    /// One `read` into other places than the buffer.
+    pub(super) fn receive(&mut self, pieces: &mut Scatter<'_>) -> Result<usize, Error> {
+        self.channel.receive(pieces)
+    }
+
+    /// Decodes a message that was received elsewhere, and is `expected`.
+    pub(super) fn decode_expected(
+        &mut self,
+        bytes: &[u8],
+        expected: impl FnOnce(&Decoded) -> bool,
+    ) -> Result<(), Error> {
+        let (used, decoded) = self
+            .decoder
+            .decode(bytes)
+            .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
+        assert!(used == bytes.len() && expected(&decoded), "compared before, and now {decoded:?}");
         Ok(())
     }
 

@@ -136,6 +136,10 @@ impl Host for Waiting<'_> {
         Ok(ram.clone())
     }
 
+    fn ram_is_fresh(&self) -> bool {
+        self.job.guest.vm().ram_is_fresh()
+    }
+
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
         let Devices::Own(sections) = devices else {
             return Err(Error::Refused(

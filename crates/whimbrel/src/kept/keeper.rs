@@ -67,6 +67,10 @@ impl Host for Keeper {
         Ok(ram)
     }
 
+    fn ram_is_fresh(&self) -> bool {
+        true // Made above.
+    }
+
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
         let (Some(configuration), Some(ram)) = (&self.configuration, &self.ram) else {
             return Err(Error::Refused("main channel: the stream names no machine type".into()));

@@ -23,7 +23,7 @@ use crate::address::Address;
 use crate::channel;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
-use crate::report::Report;
+use crate::report::{Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::Cancel;
@@ -102,6 +102,13 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Error> {
     let log = undo::Logging::start(vm.dirty_log())?;
     let map = PageMap::new(ram);
     map.fill();
+    // The first take of a log that is armed lazily says that every page is dirty. Better now than
+    // after the first pass, which sends every page anyway.
+    log.take_into(&map)?;
+    add(&job.report.counters.dirty_sync_count, 1);
+    if job.has(Capability::Events) {
+        job.guest.emit(&Event::MigrationPass(1));
+    }
     let mut stream = setup::begin(job, channel)?;
     job.report.setup_is_done();
     job.set_status(MigrationStatus::Active);

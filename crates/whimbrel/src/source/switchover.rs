@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use rustix::event::PollFlags;
-use whimbrel_ram::PageMap;
+use whimbrel_ram::{PageMap, TARGET_PAGE};
 use whimbrel_wire::{DeviceSection, SectionHeader, SectionId, encode_end_of_section};
 
 use super::pages::{BATCH_MAX, Pages};
@@ -12,13 +12,14 @@ use super::undo::Logging;
 use super::{Held, Job};
 use crate::error::Error;
 use crate::global_state;
+use crate::guest::Taken;
 use crate::report::{add, set};
 use crate::settings::Capability;
 use crate::status::{MigrationStatus, RunState};
 
 /// Stops the guest, and waits for `migrate-continue` where that is asked for.
 pub(super) fn stop(job: &Job, held: &mut Held) -> Result<(), Error> {
-    let Some(right) = job.guest.take_right() else {
+    let Taken::Right(right) = job.guest.take_right() else {
         return Err(Error::Refused("the guest is not here: it cannot be moved from here".into()));
     };
     let before = job.guest.state();
@@ -54,7 +55,10 @@ pub(super) fn send_rest(
     RAM_SECTION.encode_end(stream.out.words());
     let mut pages = Pages::new(job, None);
     let mut sweep = map.sweep();
-    while !pages.batch(map, &mut sweep, log, stream, BATCH_MAX)? {}
+    while !pages.batch(map, &mut sweep, log, stream, BATCH_MAX)? {
+        set(&job.report.counters.transferred, stream.out.bytes());
+        set(&job.report.counters.remaining, map.pending() * TARGET_PAGE.bytes() as u64);
+    }
     assert_eq!(map.pending(), 0, "the guest stands still and one turn has sent it all");
     encode_end_of_section(stream.out.words());
     RAM_SECTION.encode_footer(stream.out.words());

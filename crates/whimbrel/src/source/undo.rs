@@ -73,6 +73,10 @@ pub(super) fn undo(job: &Job, held: Held, error: Error) {
     let cancelled = job.cancel.is_set() && !matches!(error, Error::InDoubt { .. });
     let mut text = error.to_string();
     if let Held::Stopped { right, before } = held {
+        let before = match before {
+            RunState::Running if job.guest.stop_was_asked() => RunState::Paused,
+            before => before,
+        };
         let resumed = match before {
             RunState::Running => job.guest.resume(&right),
             _ => Ok(()),
