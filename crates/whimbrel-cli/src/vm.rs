@@ -75,8 +75,8 @@ impl RunVm {
         }
         let end = ended.recv().unwrap_or(End::Quit);
         drop(server);
-        migrator.cancel();
-        migrator.wait();
+        // Ends whatever migration there is, and a completed one that waits for its peer to close.
+        drop(migrator);
         match end {
             End::Quit => Ok(()),
             End::Failed(why) => Err(Failure::new(why)),
