@@ -21,7 +21,7 @@ pub(crate) struct VmOptions {
     /// The host pages behind the memory: 4k, 2M or 1G
     #[arg(long, default_value = "4k", value_parser = parse_page_size, value_name = "SIZE")]
     pub(crate) page_size: PageSize,
-    /// What the guest does: KIND[,seed=N][,working-set=SIZE][,rate=N], where KIND is idle,
+    /// What the guest does: KIND,seed=N,working-set=SIZE,rate=N, all but KIND optional: KIND is idle,
     /// sequential, uniform, zipf or hot-cold, and rate is page updates a second on each vCPU
     /// (0: as many as it can)
     #[arg(long, default_value = "uniform,rate=2000")]

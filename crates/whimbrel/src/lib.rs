@@ -2,6 +2,25 @@
 //!
 //! A VMM implements [`Vm`]; the engine moves it to another host while it runs, speaking QEMU's
 //! migration protocol. Names of states, capabilities, parameters and report fields are QMP's.
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use whimbrel::{Capability, Migrator, MigrationStatus, Start, Vm};
+//! # fn example(vm: Arc<dyn Vm>) -> Result<(), whimbrel::Error> {
+//! let migrator = Migrator::new(vm, Start::Paused);
+//! migrator.cont()?; // The guest runs.
+//! migrator.set_capabilities(&[(Capability::ReturnPath, true)])?;
+//! migrator.update_parameters(|parameters| parameters.downtime_limit = 100)?;
+//! migrator.migrate("tcp:192.0.2.7:4444".parse()?)?; // Returns at once.
+//! let info = migrator.wait();
+//! assert_eq!(info.status, Some(MigrationStatus::Completed));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! At the other end a VM is made with the same RAM blocks, given to a [`Migrator`] as
+//! [`Start::Incoming`], and told where to wait with [`Migrator::incoming`]. [`kept`] takes VMs of
+//! any kind into files and out of them.
 mod address;
 mod channel;
 mod destination;

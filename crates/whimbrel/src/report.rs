@@ -69,6 +69,19 @@ struct Slow {
     socket_address: Option<Vec<SocketAddressInfo>>,
 }
 
+/// Held by the thread that drives a migration: should it panic, nobody waits for it for ever.
+#[derive(Debug)]
+pub(crate) struct EndsFailed<'r>(pub(crate) &'r Report);
+
+impl Drop for EndsFailed<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.set_error("a bug in whimbrel: the migration's thread panicked".into());
+            self.0.set_status(MigrationStatus::Failed);
+        }
+    }
+}
+
 impl Report {
     pub(crate) fn new(side: Side) -> Report {
         let slow = Mutex::new(Slow { status: MigrationStatus::Setup, ..Slow::default() });

@@ -139,7 +139,7 @@ impl Worker {
         if let Some(handle) = self.handle.take()
             && handle.join().is_err()
         {
-            // The panic's message is out already; the run's own guard has told its outcome.
+            // The panic's message is out already, and `EndsFailed` has told of its outcome.
             self.cancel.set();
         }
     }

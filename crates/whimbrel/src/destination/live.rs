@@ -10,7 +10,7 @@ use crate::channel::Listener;
 use crate::error::Error;
 use crate::global_state;
 use crate::guest::Guest;
-use crate::report::Report;
+use crate::report::{EndsFailed, Report};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::vm::DeviceState;
@@ -37,6 +37,7 @@ impl Job {
 
 /// Takes the guest in. The body of `dest/main`.
 pub(crate) fn run(job: &Job, listener: Listener) {
+    let _guard = EndsFailed(&job.report);
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     match receive(job, listener) {
         Ok(()) => {}

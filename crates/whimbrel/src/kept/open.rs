@@ -221,6 +221,13 @@ impl<'p> Opening<'p> {
             .and_then(|_| self.file.read_exact(&mut bits))
             .map_err(|error| kept_error(self.path, "cannot be read", &error))?;
         let pages = info.used_length / header.page_size;
+        let beyond = (pages..bytes * 8).find(|&page| bitmap::is_set(&bits, page));
+        if let Some(page) = beyond {
+            return Err(self.error(format!(
+                "the bitmap of RAM block {} has page {page}, and the block has only {pages}",
+                info.name
+            )));
+        }
         let last = (0..pages).rev().find(|&page| bitmap::is_set(&bits, page));
         let end = last.map_or(0, |page| header.pages_offset + (page + 1) * header.page_size);
         if end > self.file_len {

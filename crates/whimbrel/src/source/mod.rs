@@ -23,7 +23,7 @@ use crate::address::Address;
 use crate::channel;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
-use crate::report::{Report, add};
+use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::Cancel;
@@ -77,6 +77,7 @@ enum Held {
 
 /// Moves the guest away. The body of `source/main`.
 pub(crate) fn run(job: &Job) {
+    let _guard = EndsFailed(&job.report);
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     let mut held = Held::Untouched;
     let outcome = migrate(job, &mut held);
