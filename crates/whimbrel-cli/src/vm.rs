@@ -75,8 +75,7 @@ impl RunVm {
         }
         let end = ended.recv().unwrap_or(End::Quit);
         drop(server);
-        // Ends whatever migration there is, and a completed one that waits for its peer to close.
-        drop(migrator);
+        migrator.end();
         match end {
             End::Quit => Ok(()),
             End::Failed(why) => Err(Failure::new(why)),
