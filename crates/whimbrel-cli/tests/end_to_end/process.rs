@@ -106,10 +106,16 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: &[S]) -> Running {
+        let mut command = Command::new(WHIMBREL);
+        command.args(arguments);
+        Running::beside(command)
+    }
+
+    /// Runs any command beside the test.
+    fn beside(mut command: Command) -> Running {
         let folder = folder();
         let err = fs::File::create(folder.path().join("err")).expect("a file");
-        let child = Command::new(WHIMBREL)
-            .args(arguments)
+        let child = command
             .stdin(Stdio::null())
             .stdout(fs::File::create(folder.path().join("out")).expect("a file"))
             .stderr(err)
@@ -189,12 +195,18 @@ impl VmProcess {
     }
 
     pub(crate) fn start(options: &[&str]) -> VmProcess {
+        VmProcess::inheriting("", options)
+    }
+
+    /// Starts a VM with what `redirection`, in the shell's words, lets it inherit.
+    pub(crate) fn inheriting(redirection: &str, options: &[&str]) -> VmProcess {
         let socket = folder();
         let path = socket.path().join("qmp");
         let qmp = format!("--qmp=unix:{}", path.display());
-        let mut arguments = vec!["vm", "--serial=none", &qmp];
-        arguments.extend(options);
-        let process = Running::start(&arguments);
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(format!("exec \"$@\" {redirection}")).arg("sh");
+        command.args([WHIMBREL, "vm", "--serial=none", &qmp]).args(options);
+        let process = Running::beside(command);
         let qmp = connect(&path, &process);
         VmProcess { process, qmp }
     }

@@ -57,6 +57,22 @@ fn through_a_file_and_through_commands() {
 }
 
 #[test]
+fn through_inherited_descriptors() {
+    // Whoever starts a process hands it its end; the shell does so for us, under number 9.
+    let folder = folder();
+    let file = text(&folder.path().join("stream"));
+    let mut from = VmProcess::inheriting(&format!("9>{file}"), &SMALL);
+    from.expect_progress("the source's guest");
+    from.qmp.migrate("fd:9").expect("it starts");
+    from.reaches("completed", "into a descriptor");
+    let waits = [&SMALL[..], &["--incoming=defer", "--paused"]].concat();
+    let mut to = VmProcess::inheriting(&format!("9<{file}"), &waits);
+    to.qmp.migrate_incoming("fd:9").expect("it starts");
+    to.reaches("completed", "from a descriptor");
+    verify_moved(&mut from, &mut to, "fd");
+}
+
+#[test]
 fn a_vm_kept_in_a_file_can_run_on_where_it_was() {
     let folder = folder();
     let mut vm = VmProcess::source(&SMALL);
