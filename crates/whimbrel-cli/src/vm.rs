@@ -75,8 +75,7 @@ impl RunVm {
         }
         let end = ended.recv().unwrap_or(End::Quit);
         drop(server);
-        migrator.cancel();
-        migrator.wait();
+        migrator.end();
         match end {
             End::Quit => Ok(()),
             End::Failed(why) => Err(Failure::new(why)),

@@ -1,5 +1,6 @@
 //! The section `globalstate`: whether the guest ran when it was stopped for its switchover.
 
+use crate::error::Error;
 use crate::vm::DeviceState;
 
 const NAME: &str = "globalstate";
@@ -17,11 +18,18 @@ pub(crate) fn section(runs: bool) -> DeviceState {
 }
 
 /// Takes the section out of `devices`; says whether the guest is to run. Without one it is.
-pub(crate) fn take(devices: &mut Vec<DeviceState>) -> bool {
-    let Some(at) = devices.iter().position(|device| device.name == NAME) else { return true };
+pub(crate) fn take(devices: &mut Vec<DeviceState>) -> Result<bool, Error> {
+    let Some(at) = devices.iter().position(|device| device.name == NAME) else { return Ok(true) };
     let section = devices.remove(at);
-    let name = section.bytes.get(4..36).unwrap_or_default();
-    name.split(|&byte| byte == 0).next() == Some(b"running")
+    if section.version_id != VERSION || section.bytes.len() != BYTES {
+        return Err(Error::Mismatch {
+            what: format!("device section {NAME}"),
+            source_has: format!("version {}, {} bytes", section.version_id, section.bytes.len()),
+            here: format!("version {VERSION}, {BYTES} bytes"),
+        });
+    }
+    let name = &section.bytes[4..36];
+    Ok(name.split(|&byte| byte == 0).next() == Some(b"running"))
 }
 
 #[cfg(test)]
@@ -33,9 +41,16 @@ mod tests {
         for runs in [true, false] {
             let mut devices = vec![section(runs)];
             assert_eq!(devices[0].bytes.len(), BYTES);
-            assert_eq!(take(&mut devices), runs);
+            assert_eq!(take(&mut devices).unwrap(), runs);
             assert!(devices.is_empty());
         }
-        assert!(take(&mut Vec::new()));
+        assert!(take(&mut Vec::new()).unwrap());
+    }
+
+    #[test]
+    fn one_of_a_newer_version_is_refused() {
+        let newer = DeviceState { version_id: 2, ..section(true) };
+        let error = take(&mut vec![newer]).unwrap_err().to_string();
+        assert!(error.contains("version 2, 104 bytes"), "{error}");
     }
 }

@@ -253,6 +253,13 @@ impl Migrator {
         report.map(|report| report.info()).unwrap_or_default()
     }
 
+    /// Ends the migration under way, also one that is complete and waits for its peer to close,
+    /// and waits for its thread.
+    pub fn end(&self) {
+        let worker = self.lock().run.as_mut().and_then(|run| run.worker.take());
+        drop(worker); // Wakes it and joins it, without the lock.
+    }
+
     /// Waits for the end of the migration under way, and says how it ended.
     pub fn wait(&self) -> MigrationInfo {
         let worker = self.lock().run.as_mut().and_then(|run| run.worker.take());

@@ -137,6 +137,8 @@ impl Worker {
 
     fn wait(&mut self) {
         if let Some(handle) = self.handle.take()
+            // A subscriber on this very thread may have been the last to hold it.
+            && handle.thread().id() != thread::current().id()
             && handle.join().is_err()
         {
             // The panic's message is out already, and `EndsFailed` has told of its outcome.

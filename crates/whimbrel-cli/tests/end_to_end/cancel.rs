@@ -1,11 +1,14 @@
 //! A migration ends before its end: cancelled, or with a process that is gone.
 
+use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
 
 use crate::process::{Running, SMALL, VmProcess, folder, move_and_verify, until};
+use crate::stream::{Stream, TINY};
 
 /// How long a cancelled migration may take to be over.
 const SOON: Duration = Duration::from_secs(2);
@@ -146,6 +149,21 @@ fn a_destination_that_waits_for_a_frozen_source_can_be_ended() {
     to.quit("in the middle of a migration");
     until("the source sees it", || vm.status() == "failed");
     vm.expect_healthy("whose destination quit");
+}
+
+#[test]
+fn a_guest_that_has_arrived_does_not_depend_on_its_source_any_more() {
+    let stream = Stream::record();
+    let mut to = VmProcess::start(&[&TINY[..], &["--incoming=defer"]].concat());
+    let folder = folder();
+    let socket = folder.path().join("socket");
+    to.listen(&format!("unix:{}", socket.display()));
+    let mut source = UnixStream::connect(&socket).expect("it listens");
+    source.write_all(&stream.bytes).expect("it reads");
+    to.reaches("completed", "a source that never closes");
+    to.expect_healthy("a source that never closes");
+    to.quit("a source that never closes");
+    drop(source);
 }
 
 #[test]

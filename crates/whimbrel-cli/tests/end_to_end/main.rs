@@ -6,3 +6,4 @@ mod demo;
 mod kept;
 mod process;
 mod qmp;
+mod stream;

@@ -45,15 +45,13 @@ impl Ended {
         self.out
     }
 
-    /// It failed with one line on the standard error, which holds all of `texts`. Progress
-    /// (`waiting for ...`, `received ...`) may come before it.
+    /// It failed with one line on the standard error, which holds all of `texts`. Lines of
+    /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
+        const PROGRESS: [&str; 4] = ["waiting for a migration at ", "received ", "setup", "active"];
         assert_eq!(self.status.code(), Some(1), "{what}: {self:?}");
-        let lines: Vec<&str> = self
-            .err
-            .lines()
-            .filter(|line| !line.starts_with("waiting for ") && !line.starts_with("received "))
-            .collect();
+        let progress = |line: &&str| PROGRESS.iter().any(|start| line.starts_with(start));
+        let lines: Vec<&str> = self.err.lines().skip_while(progress).collect();
         let [line] = lines[..] else { panic!("{what}: not one line: {self:?}") };
         assert!(line.starts_with("whimbrel: "), "{what}: {line}");
         for text in texts {
@@ -108,10 +106,16 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start<S: AsRef<OsStr>>(arguments: &[S]) -> Running {
+        let mut command = Command::new(WHIMBREL);
+        command.args(arguments);
+        Running::beside(command)
+    }
+
+    /// Runs any command beside the test.
+    fn beside(mut command: Command) -> Running {
         let folder = folder();
         let err = fs::File::create(folder.path().join("err")).expect("a file");
-        let child = Command::new(WHIMBREL)
-            .args(arguments)
+        let child = command
             .stdin(Stdio::null())
             .stdout(fs::File::create(folder.path().join("out")).expect("a file"))
             .stderr(err)
@@ -123,6 +127,10 @@ impl Running {
     /// What it has said on the standard error so far.
     pub(crate) fn err(&self) -> String {
         fs::read_to_string(self.folder.path().join("err")).expect("what it said")
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Where it says that it waits.
@@ -187,12 +195,18 @@ impl VmProcess {
     }
 
     pub(crate) fn start(options: &[&str]) -> VmProcess {
+        VmProcess::inheriting("", options)
+    }
+
+    /// Starts a VM with what `redirection`, in the shell's words, lets it inherit.
+    pub(crate) fn inheriting(redirection: &str, options: &[&str]) -> VmProcess {
         let socket = folder();
         let path = socket.path().join("qmp");
         let qmp = format!("--qmp=unix:{}", path.display());
-        let mut arguments = vec!["vm", "--serial=none", &qmp];
-        arguments.extend(options);
-        let process = Running::start(&arguments);
+        let mut command = Command::new("/bin/sh");
+        command.arg("-c").arg(format!("exec \"$@\" {redirection}")).arg("sh");
+        command.args([WHIMBREL, "vm", "--serial=none", &qmp]).args(options);
+        let process = Running::beside(command);
         let qmp = connect(&path, &process);
         VmProcess { process, qmp }
     }

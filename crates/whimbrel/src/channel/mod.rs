@@ -58,6 +58,11 @@ impl Channel {
         self.name
     }
 
+    /// From here on `cancel` is what ends its waits.
+    pub(crate) fn heed(&mut self, cancel: Cancel) {
+        self.cancel = cancel;
+    }
+
     /// How many bytes have been written.
     pub(crate) fn bytes_out(&self) -> u64 {
         self.bytes_out

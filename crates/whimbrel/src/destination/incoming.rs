@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use whimbrel_ram::{GuestRam, RamBlock, TARGET_PAGE};
 use whimbrel_wire::{
@@ -16,6 +17,9 @@ use crate::channel::Channel;
 use crate::error::Error;
 
 const PAGE: usize = TARGET_PAGE.bytes();
+
+/// How long a source may take to close when its guest has arrived.
+const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Who takes the stream in: a VM that runs it or a file that keeps it.
 pub(crate) trait Host {
@@ -243,9 +247,14 @@ impl Incoming {
         if self.return_path {
             self.answer(&ReturnMessage::Shut(0))?;
         }
-        // What is still coming (the description of our own machines) only explains.
-        while let Ok(Some(_)) = self.input.next(|_, _| Ok(())) {}
-        self.input.into_channel().finish()
+        let mut channel = self.input.into_channel();
+        // What is still coming (the description of our own machines) only explains; but closed
+        // before the source has, the connection could lose the answer.
+        let (mut rest, deadline) = ([0; 4096], Instant::now() + GOODBYE);
+        while Instant::now() < deadline
+            && matches!(channel.receive_until(&mut rest, deadline), Ok(Some(1..)))
+        {}
+        channel.finish()
     }
 
     /// The migration failed here: tells the source, as far as it listens.

@@ -150,7 +150,7 @@ impl Host for Waiting<'_> {
         };
         let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
         let mut devices = devices?;
-        self.runs = global_state::take(&mut devices);
+        self.runs = global_state::take(&mut devices)?;
         self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
     }
 }

@@ -65,6 +65,23 @@ impl Answers {
         }
     }
 
+    /// Waits for SHUT for `time` at most.
+    pub(crate) fn shut_within(
+        &mut self,
+        channel: &mut Channel,
+        time: Duration,
+    ) -> Result<Option<u32>, Error> {
+        let deadline = Instant::now() + time;
+        loop {
+            match self.next(channel, deadline)? {
+                Some(Answer::Shut(value)) => return Ok(Some(value)),
+                Some(Answer::End) => return Err(Error::PeerGone),
+                Some(Answer::Pong(_)) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+
     fn next(&mut self, channel: &mut Channel, deadline: Instant) -> Result<Option<Answer>, Error> {
         loop {
             let input = &self.buffer[..self.held];

@@ -46,7 +46,7 @@ impl Dice {
     }
 
     pub(crate) fn one_of<T: Copy>(&mut self, all: &[T]) -> T {
-        all[self.below(all.len() as u64) as usize]
+        all[usize::try_from(self.below(all.len() as u64)).expect("below a length")]
     }
 }
 
@@ -57,7 +57,7 @@ pub(crate) fn seed(test: &str) -> u64 {
         Ok(text) => text.parse().expect("WHIMBREL_SEED is a number"),
         Err(_) => {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-            now.expect("after 1970").as_nanos() as u64 % 1_000_000_007
+            u64::from(now.expect("after 1970").subsec_nanos())
         }
     };
     eprintln!("{test}: seed {seed}; replay with WHIMBREL_SEED={seed}");
