@@ -26,7 +26,9 @@ mod digest;
 mod guest_ram;
 mod map;
 mod page;
+mod pagemap;
 mod sync;
+mod touched;
 mod uffd;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;

@@ -4,51 +4,15 @@
 //! did; a scan gives the pages without protection and protects them again in one step. Works for
 //! all writers in this process (threads, KVM's vCPUs, the kernel's own copies), not for those
 //! that map the same memory elsewhere. Linux 6.7 or later.
-#![expect(unsafe_code, reason = "the PAGEMAP_SCAN ioctl")]
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::bits::Returned;
 use super::{DirtyBits, DirtyLog};
+use crate::pagemap::{Pagemap, Query, category, flag};
 use crate::uffd::{self, Userfaultfd};
-use crate::{BlockIndex, GuestRam, RamBlock, TARGET_PAGE, TargetPage};
-
-/// `_IOWR('f', 16, struct pm_scan_arg)`.
-const PAGEMAP_SCAN: libc::Ioctl = 0xC060_6610;
-const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
-const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
-const PAGE_IS_WRITTEN: u64 = 1 << 1;
-
-/// How many runs of written pages one call of the kernel gives.
-const REGIONS: usize = 4096;
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct PageRegion {
-    start: u64,
-    end: u64,
-    categories: u64,
-}
-
-#[repr(C)]
-#[derive(Default)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
+use crate::{BlockIndex, GuestRam, RamBlock, TargetPage};
 
 /// Scans the page tables of this process. Taking protects again what it gives, so
 /// [`rearm`](DirtyLog::rearm) has nothing to do.
@@ -64,7 +28,7 @@ pub struct PagemapScan {
 #[derive(Debug)]
 struct Running {
     uffd: Userfaultfd,
-    pagemap: File,
+    pagemap: Pagemap,
 }
 
 impl PagemapScan {
@@ -90,7 +54,7 @@ impl DirtyLog for PagemapScan {
             uffd.register_write_protect(block).map_err(|error| named(block, &error))?;
             uffd.write_protect(block).map_err(|error| named(block, &error))?;
         }
-        *running = Some(Running { uffd, pagemap: File::open("/proc/self/pagemap")? });
+        *running = Some(Running { uffd, pagemap: Pagemap::open()? });
         Ok(())
     }
 
@@ -98,9 +62,15 @@ impl DirtyLog for PagemapScan {
         let mut bits = DirtyBits::none(&self.ram);
         let running = self.running();
         if let Some(running) = &*running {
-            let mut regions = vec![PageRegion::default(); REGIONS];
+            let query = Query {
+                flags: flag::WP_MATCHING | flag::CHECK_WPASYNC,
+                all_of: category::WRITTEN,
+                tell: category::WRITTEN,
+                ..Query::default()
+            };
             for (index, block) in self.ram.blocks() {
-                if let Err(error) = running.scan(index, block, &mut regions, &mut bits) {
+                let insert = |first, count, _| bits.insert(index, first, count);
+                if let Err(error) = running.pagemap.scan(block, query, insert) {
                     self.returned.give_back(bits);
                     return Err(named(block, &error));
                 }
@@ -125,46 +95,6 @@ impl DirtyLog for PagemapScan {
                 let _ = running.uffd.unregister(block);
             }
         }
-    }
-}
-
-impl Running {
-    fn scan(
-        &self,
-        index: BlockIndex,
-        block: &RamBlock,
-        regions: &mut [PageRegion],
-        bits: &mut DirtyBits,
-    ) -> io::Result<()> {
-        let base = block.host_address().as_ptr().expose_provenance() as u64;
-        let end = base + block.len();
-        let mut start = base;
-        while start < end {
-            let mut scan = PmScanArg {
-                size: size_of::<PmScanArg>() as u64,
-                flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
-                start,
-                end,
-                vec: regions.as_mut_ptr().expose_provenance() as u64,
-                vec_len: regions.len() as u64,
-                category_mask: PAGE_IS_WRITTEN,
-                return_mask: PAGE_IS_WRITTEN,
-                ..PmScanArg::default()
-            };
-            // SAFETY: `scan` is what this ioctl reads and writes; `vec` and `vec_len` are
-            // `regions`, borrowed mutably.
-            let found =
-                unsafe { libc::ioctl(self.pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
-            let found = usize::try_from(found).map_err(|_| io::Error::last_os_error())?;
-            let page = TARGET_PAGE.bytes() as u64;
-            for region in &regions[..found] {
-                let first = TargetPage((region.start - base) / page);
-                bits.insert(index, first, (region.end - region.start) / page);
-            }
-            assert!(scan.walk_end > start, "the kernel's walk goes on");
-            start = scan.walk_end;
-        }
-        Ok(())
     }
 }
 

@@ -1,5 +1,6 @@
 //! From the page map to the channel: claim, look for zeros, gather, send, spend.
 
+use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{BlockIndex, Claim, PageMap, Sweep, TargetPage};
 
 use super::Job;
@@ -20,6 +21,8 @@ pub(super) struct Pages<'j> {
     open: Option<Claim<'j>>,
     /// Claims whose pages are all gathered.
     gathered: Vec<Claim<'j>>,
+    /// In the first pass: pages that may hold something else than zeros.
+    touched: Option<DirtyBits>,
     /// With capability `xbzrle`.
     deltas: Option<Deltas>,
     first_pass: bool,
@@ -30,12 +33,29 @@ pub(super) struct Pages<'j> {
 impl<'j> Pages<'j> {
     pub(super) fn new(job: &'j Job, deltas: Option<Deltas>) -> Pages<'j> {
         let gathered = Vec::new();
-        Pages { job, open: None, gathered, deltas, first_pass: true, normal: 0, duplicate: 0 }
+        Pages {
+            job,
+            open: None,
+            gathered,
+            touched: None,
+            deltas,
+            first_pass: true,
+            normal: 0,
+            duplicate: 0,
+        }
+    }
+
+    /// The dirty log is on: pages that were never touched up to now are zero, or show in the log.
+    pub(super) fn leave_untouched(mut self) -> Self {
+        // A kernel that cannot tell has every page looked at.
+        self.touched = self.job.guest.vm().ram().touched().ok();
+        self
     }
 
     /// Every page has been sent once.
     pub(super) fn first_pass_is_over(&mut self) {
         self.first_pass = false;
+        self.touched = None;
         if let Some(deltas) = &mut self.deltas {
             self.job.report.set_xbzrle(deltas.stats());
         }
@@ -85,7 +105,8 @@ impl<'j> Pages<'j> {
         stream: &mut Stream,
     ) -> Result<(), Error> {
         let block = self.job.guest.vm().ram().block(index);
-        if block.is_zero(page) {
+        let untouched = self.touched.as_ref().is_some_and(|touched| !touched.contains(index, page));
+        if untouched || block.is_zero(page) {
             if let Some(deltas) = &mut self.deltas {
                 deltas.sent_as_zero(index, page);
             }

@@ -42,7 +42,8 @@ impl<'j> Precopy<'j> {
             map,
             log,
             sweep: map.sweep(),
-            pages: Pages::new(job, job.has(Capability::Xbzrle).then(|| Deltas::new(job))),
+            pages: Pages::new(job, job.has(Capability::Xbzrle).then(|| Deltas::new(job)))
+                .leave_untouched(),
             pace: Pace::new(job.parameters().max_bandwidth, now),
             convergence: Convergence::new(now),
             throttle: Throttle::default(),
