@@ -51,6 +51,7 @@ pub(crate) fn drive<D: Decode>(
                 Ok((taken, step)) => {
                     assert!(taken <= end - at, "consumed more than there is");
                     at += taken;
+                    idle = if taken == 0 { idle + 1 } else { 0 };
                     assert_eq!(
                         decoder.offset(),
                         base + at as u64,
@@ -58,12 +59,12 @@ pub(crate) fn drive<D: Decode>(
                     );
                     match step {
                         Step::Message(message) => {
-                            idle = if taken == 0 { idle + 1 } else { 0 };
                             assert!(idle < 4, "messages without end out of no bytes");
                             outcome.messages.push((decoder.offset(), message));
                             continue;
                         }
                         Step::NeedMore(need) => {
+                            idle = 0;
                             assert!(need <= NEED_MAX, "asked for {need} bytes");
                             assert!(need > end - at, "asked for what is there");
                         }
