@@ -126,8 +126,7 @@ fn cut_once(draw: &Draw, folder: &Path, what: &str) -> Fate {
     source.migrator.migrate(proxy.address.clone()).expect("it starts");
 
     let (from, to) = outcome(draw, &source, &destination, &proxy, what);
-    let seen = proxy.seen();
-    drop(proxy);
+    let seen = proxy.end();
     let what = format!("{what}: {seen:?}, source {:?}, destination {:?}", brief(&from), brief(&to));
     let fate = judge(draw, &source, &destination, (&from, &to), seen, &what);
     match fate {

@@ -127,7 +127,7 @@ impl Contender {
         match self {
             Self::Whimbrel { binary } => {
                 let mut command = Command::new(binary);
-                command.args(["vm", "--accel", "native", "--workload", "idle"]);
+                command.args(["vm", "--accel", "native", "--workload", "idle,working-set=1M"]);
                 command.args(["--memory", &memory.argument()]);
                 match role {
                     Role::Source if scenario.incompressible => command.args(["--fill", "random"]),

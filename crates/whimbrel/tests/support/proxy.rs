@@ -141,6 +141,13 @@ impl Proxy {
     pub(crate) fn seen(&self) -> Seen {
         *self.seen.lock().expect("no panic in the proxy")
     }
+
+    /// Ends the link, and says all that it has seen: what has passed is noted after it has.
+    pub(crate) fn end(self) -> Seen {
+        let seen = self.seen.clone();
+        drop(self);
+        *seen.lock().expect("no panic in the proxy")
+    }
 }
 
 impl Drop for Proxy {
