@@ -31,8 +31,7 @@ impl Target {
             return Ok((file.into(), Target { undo: Undo::Nothing }));
         }
         if offset == 0 {
-            let partial = partial_name(path);
-            let file = OpenOptions::new().write(true).create_new(true).open(&partial)?;
+            let (partial, file) = create_partial(path)?;
             return Ok((file.into(), Target { undo: Undo::Rename { partial, path: path.into() } }));
         }
         let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
@@ -71,11 +70,23 @@ impl Drop for Target {
     }
 }
 
-/// A name beside `path` that says whose half-written work it is.
-pub(crate) fn partial_name(path: &Path) -> PathBuf {
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(format!(".partial-{}", std::process::id()));
-    path.with_file_name(name)
+/// How many names are tried: each that is taken was left behind by a process that was killed.
+const NAMES_MAX: u32 = 1000;
+
+/// Creates a file beside `path`, under a name that says whose half-written work it is.
+pub(crate) fn create_partial(path: &Path) -> io::Result<(PathBuf, File)> {
+    let mut number = 0;
+    loop {
+        let mut name = path.file_name().unwrap_or_default().to_os_string();
+        name.push(format!(".partial-{}-{number}", std::process::id()));
+        let partial = path.with_file_name(name);
+        match OpenOptions::new().write(true).create_new(true).open(&partial) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES_MAX => {
+                number += 1;
+            }
+            result => return result.map(|file| (partial, file)),
+        }
+    }
 }
 
 /// Opens `path` for reading a stream that begins at `offset`.

@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
 pub(crate) use connect::connect;
-pub(crate) use file::partial_name;
+pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
 
 /// What a channel is made of, and what has to happen at its end.

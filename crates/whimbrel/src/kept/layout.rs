@@ -1,6 +1,6 @@
 //! Writing a kept VM's file.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use whimbrel_wire::{
     page_bitmap as bitmap,
 };
 
-use crate::channel::partial_name;
+use crate::channel::create_partial;
 use crate::error::Error;
 use crate::source::setup::{RAM_SECTION, block_list, name, ram_section};
 
@@ -31,9 +31,8 @@ pub(super) struct Writing {
 impl Writing {
     /// Begins the file that is to become `path`.
     pub(super) fn begin(path: &Path) -> Result<Writing, Error> {
-        let partial = partial_name(path);
-        let file = OpenOptions::new().write(true).create_new(true).open(&partial);
-        let file = file.map_err(|error| kept_error(path, "cannot be created", &error))?;
+        let (partial, file) =
+            create_partial(path).map_err(|error| kept_error(path, "cannot be created", &error))?;
         Ok(Writing { file, partial, path: path.into(), kept: false })
     }
 
