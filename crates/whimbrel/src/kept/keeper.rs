@@ -20,20 +20,23 @@ pub(super) struct Keeper {
     path: PathBuf,
     configuration: Option<Configuration>,
     ram: Option<GuestRam>,
-    summary: Option<KeptSummary>,
+    /// What is on the disk already, under a name of its own until the source has let go.
+    written: Option<(Writing, KeptSummary)>,
 }
 
 impl Keeper {
     pub(super) fn new(path: &Path) -> Keeper {
-        Keeper { path: path.into(), configuration: None, ram: None, summary: None }
+        Keeper { path: path.into(), configuration: None, ram: None, written: None }
     }
 
-    /// What has been kept.
+    /// The source has given its guest away: the file gets its name.
     ///
     /// # Panics
     /// Before the stream was received as a whole.
-    pub(super) fn into_summary(self) -> KeptSummary {
-        self.summary.expect("a stream that was received was loaded")
+    pub(super) fn keep(self) -> Result<KeptSummary, Error> {
+        let (writing, summary) = self.written.expect("a stream that was received was loaded");
+        writing.keep()?;
+        Ok(summary)
     }
 }
 
@@ -82,13 +85,15 @@ impl Host for Keeper {
         let (early, tail, count) = encode(devices);
         let mut writing = Writing::begin(&self.path)?;
         let pages = writing.write(&configuration, &early, ram, &tail)?;
-        writing.keep()?;
-        self.summary = Some(KeptSummary {
+        // "Loaded" is what the source hears next: so it is on the disk.
+        writing.sync()?;
+        let summary = KeptSummary {
             machine: configuration.machine.to_string(),
             ram_bytes: ram.total_bytes(),
             stored_bytes: pages * TARGET_PAGE.bytes() as u64,
             devices: count,
-        });
+        };
+        self.written = Some((writing, summary));
         Ok(())
     }
 }

@@ -150,10 +150,15 @@ impl Writing {
         written.map_err(|error| kept_error(&self.path, "cannot be written", &error))
     }
 
-    /// Everything reaches the disk, then gets its name.
+    /// Everything reaches the disk.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        self.file.sync_all().map_err(|error| kept_error(&self.path, "cannot be written", &error))
+    }
+
+    /// It gets its name.
     pub(super) fn keep(mut self) -> Result<(), Error> {
-        let kept = self.file.sync_all().and_then(|()| std::fs::rename(&self.partial, &self.path));
-        kept.map_err(|error| kept_error(&self.path, "cannot be written", &error))?;
+        std::fs::rename(&self.partial, &self.path)
+            .map_err(|error| kept_error(&self.path, "cannot be written", &error))?;
         self.kept = true;
         Ok(())
     }

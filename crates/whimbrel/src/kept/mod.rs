@@ -84,13 +84,14 @@ impl Receiver {
         let mut keeper = keeper::Keeper::new(path);
         let channel = self.listener.accept(&self.cancel)?;
         let mut incoming = Incoming::new(channel).with_progress(self.placed);
-        if let Err(error) = incoming.receive(&mut keeper) {
+        let kept = incoming.receive(&mut keeper).and_then(|()| keeper.keep());
+        if kept.is_err() {
             incoming.fail();
-            return Err(error);
+            return kept;
         }
         // It is on the disk: a source that has gone cannot change that.
         let _ = incoming.finish();
-        Ok(keeper.into_summary())
+        kept
     }
 }
 
