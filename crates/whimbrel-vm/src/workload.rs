@@ -85,7 +85,11 @@ impl Default for Workload {
 impl fmt::Display for Workload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Workload { kind, seed, working_set, rate } = self;
-        write!(f, "{kind},rate={rate},working-set={working_set},seed={seed}")
+        write!(f, "{kind},rate={rate},seed={seed}")?;
+        match working_set {
+            0 => Ok(()), // A share of a memory whose size is not known here.
+            bytes => write!(f, ",working-set={bytes}"),
+        }
     }
 }
 
