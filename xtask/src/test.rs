@@ -84,6 +84,7 @@ fn clippy(workspace: &Workspace, log: &mut Log) -> Result<Outcome> {
         "clippy",
         "--workspace",
         "--all-targets",
+        "--all-features",
         "--locked",
         "--",
         "-Dwarnings",
@@ -95,7 +96,7 @@ fn docs(workspace: &Workspace, log: &mut Log) -> Result<Outcome> {
         workspace
             .cargo()
             // The command's documentation is its --help, and its name is the library's.
-            .args(["doc", "--workspace", "--lib", "--no-deps", "--locked"])
+            .args(["doc", "--workspace", "--all-features", "--lib", "--no-deps", "--locked"])
             .env("RUSTDOCFLAGS", "-Dwarnings"),
     )
 }
@@ -133,6 +134,7 @@ fn tests(workspace: &Workspace, log: &mut Log) -> Result<Outcome> {
     log.tests(workspace.cargo().args([
         "test",
         "--workspace",
+        "--all-features",
         "--locked",
         "--no-fail-fast",
         "--exclude",
