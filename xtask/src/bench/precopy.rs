@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, bail};
 use serde_json::{Map, Value, json};
 use whimbrel_peers::install::{Peer, install};
+use whimbrel_ram::RamBlock;
 
 use super::contender::{Contender, Memory, Qemu, Scenario, content_file, whimbrel};
 use super::sample::{Row, Sample, keep, table};
@@ -24,6 +25,9 @@ pub(crate) struct Args {
     /// Measure against this QEMU, instead of the newest one fetched
     #[arg(long, value_name = "PATH")]
     qemu: Option<PathBuf>,
+    /// Only this scenario: 'preallocated', 'not touched before' or 'all zero'
+    #[arg(long, value_name = "NAME")]
+    scenario: Option<String>,
     /// Leave a contender out: whimbrel, qemu or plain (may be given more than once)
     #[arg(long, value_name = "WHO")]
     without: Vec<String>,
@@ -43,6 +47,9 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
     let mut rows = Vec::new();
     let mut whole = true;
     for scenario in SCENARIOS {
+        if args.scenario.as_ref().is_some_and(|only| only != scenario.name) {
+            continue;
+        }
         whole &= measure(args, &contenders, scenario, &folder, &content, &mut rows);
     }
     println!("{}", table(&rows, "QEMU"));
@@ -101,7 +108,12 @@ fn measure(
             order.reverse();
         }
         for ((name, sample), row) in order {
-            take_memory_from_the_host(args.memory.bytes() * 2);
+            if scenario.incompressible && !scenario.preallocated {
+                // For a source that fills its memory, a destination, and what a kernel keeps back.
+                if let Err(error) = take_memory_from_the_host(args.memory.bytes() * 6) {
+                    println!("memory is as it comes: {error:#}");
+                }
+            }
             match sample() {
                 Ok(sample) => {
                     eprintln!(
@@ -124,9 +136,13 @@ fn measure(
 /// Touches so much memory and frees it at once. Where this machine is a guest itself, memory that
 /// is free for some seconds goes back to the host, and its next first touch costs ten times as
 /// much: whoever happens to pay that would be measured for it.
-fn take_memory_from_the_host(bytes: u64) {
-    let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-    std::hint::black_box(vec![1_u8; bytes]);
+/// Half of it in huge folios and half in single pages, since either is taken from lists of its own.
+fn take_memory_from_the_host(bytes: u64) -> Result<()> {
+    let half = bytes / 2;
+    let folios = RamBlock::anonymous("folios", 0, half)?;
+    folios.populate(0, half)?;
+    std::hint::black_box(vec![1_u8; usize::try_from(half).unwrap_or(usize::MAX)]);
+    Ok(())
 }
 
 impl Args {
