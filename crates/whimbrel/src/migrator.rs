@@ -188,19 +188,12 @@ impl Migrator {
     /// Waits at `address` for the guest to come. The address is bound when this returns. What
     /// [`exits_on_error`](Migrator::exits_on_error) says from then on is `exit_on_error`.
     pub fn incoming(&self, address: &Address, exit_on_error: bool) -> Result<(), Error> {
-        let mut inner = self.lock();
-        inner.refuse_while_running()?;
-        if self.guest.state() != RunState::Inmigrate {
-            return Err(Error::Refused(
-                "'-incoming' was not specified on the command line: the guest is here already"
-                    .into(),
-            ));
-        }
-        if inner.run.is_some() {
-            return Err(Error::Refused("The incoming migration has already been started".into()));
-        }
+        self.refuse_incoming(&self.lock())?;
         let cancel = new_cancel()?;
+        // A name may have to be looked up: not with the lock held.
         let listener = Listener::bind(address, &cancel)?;
+        let mut inner = self.lock();
+        self.refuse_incoming(&inner)?;
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
         let job = live::Job {
@@ -217,6 +210,20 @@ impl Migrator {
         let worker = Some(worker);
         inner.run = Some(Run { side: Side::Destination, report, cancel, proceed, worker });
         inner.exit_on_error = exit_on_error;
+        Ok(())
+    }
+
+    fn refuse_incoming(&self, inner: &Inner) -> Result<(), Error> {
+        inner.refuse_while_running()?;
+        if self.guest.state() != RunState::Inmigrate {
+            return Err(Error::Refused(
+                "'-incoming' was not specified on the command line: the guest is here already"
+                    .into(),
+            ));
+        }
+        if inner.run.is_some() {
+            return Err(Error::Refused("The incoming migration has already been started".into()));
+        }
         Ok(())
     }
 

@@ -19,8 +19,9 @@ pub(crate) fn connect(address: &Address, cancel: &Cancel) -> Result<Channel, Err
         Address::Tcp { host, port } => tcp(host, *port, cancel).map(|fd| (fd, Kind::Socket)),
         Address::Unix(path) => unix(path).map(|fd| (fd, Kind::Socket)),
         Address::Fd(number) => fd::take(*number),
-        Address::Exec(words) => exec::Command::reader(address, words, cancel)
-            .map(|(fd, command)| (fd, Kind::Command(command))),
+        Address::Exec(words) => {
+            exec::Command::reader(address, words).map(|(fd, command)| (fd, Kind::Command(command)))
+        }
         Address::File { path, offset } => {
             file::Target::create(path, *offset).map(|(fd, target)| (fd, Kind::File(target)))
         }

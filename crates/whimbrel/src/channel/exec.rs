@@ -20,22 +20,14 @@ pub(super) struct Command {
 
 impl Command {
     /// Starts a command that reads what we write.
-    pub(super) fn reader(
-        address: &Address,
-        words: &[String],
-        _cancel: &Cancel,
-    ) -> io::Result<(OwnedFd, Command)> {
+    pub(super) fn reader(address: &Address, words: &[String]) -> io::Result<(OwnedFd, Command)> {
         let mut child = command(words)?.stdin(Stdio::piped()).spawn()?;
         let fd = OwnedFd::from(child.stdin.take().expect("asked for above"));
         Ok((fd, Command { address: address.clone(), child, ended: false }))
     }
 
     /// Starts a command that writes what we read.
-    pub(super) fn writer(
-        address: &Address,
-        words: &[String],
-        _cancel: &Cancel,
-    ) -> io::Result<(OwnedFd, Command)> {
+    pub(super) fn writer(address: &Address, words: &[String]) -> io::Result<(OwnedFd, Command)> {
         let mut child = command(words)?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let fd = OwnedFd::from(child.stdout.take().expect("asked for above"));
         Ok((fd, Command { address: address.clone(), child, ended: false }))

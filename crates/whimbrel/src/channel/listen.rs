@@ -83,7 +83,7 @@ impl Listener {
                 let wait = || listener.accept().map(|(stream, _)| stream);
                 accept(listener.as_fd(), cancel, wait).map(|s| (OwnedFd::from(s), Kind::Socket))
             }
-            Socket::Direct => open(&address, cancel),
+            Socket::Direct => open(&address),
         }
         .map_err(|source| open_error(&address, source, cancel))?;
         Channel::new("main", fd, kind, cancel)
@@ -91,11 +91,12 @@ impl Listener {
     }
 }
 
-fn open(address: &Address, cancel: &Cancel) -> io::Result<(OwnedFd, Kind)> {
+fn open(address: &Address) -> io::Result<(OwnedFd, Kind)> {
     match address {
         Address::Fd(number) => fd::take(*number),
-        Address::Exec(words) => exec::Command::writer(address, words, cancel)
-            .map(|(fd, command)| (fd, Kind::Command(command))),
+        Address::Exec(words) => {
+            exec::Command::writer(address, words).map(|(fd, command)| (fd, Kind::Command(command)))
+        }
         Address::File { path, offset } => Ok((file::open(path, *offset)?, Kind::Pipe)),
         Address::Tcp { .. } | Address::Unix(_) => unreachable!("these are bound"),
     }

@@ -36,11 +36,7 @@ impl<'v> Logging<'v> {
         let dirtied = bits.count();
         map.mark(&bits);
         match &mut *self.taken.borrow_mut() {
-            Some(taken) => {
-                taken.merge(&bits);
-                let delivered_or_put_back_with_the_rest = bits;
-                drop(delivered_or_put_back_with_the_rest);
-            }
+            Some(taken) => taken.merge(&bits),
             none => *none = Some(bits),
         }
         Ok(dirtied)
