@@ -63,6 +63,12 @@ pub trait Backend: Send + Sync {
     /// Begins to undo the migration under way. No error without one.
     fn migrate_cancel(&self) -> Result<(), QmpError>;
 
+    /// Has the migration under way go over to postcopy as soon as it can.
+    fn migrate_start_postcopy(&self) -> Result<(), QmpError>;
+
+    /// Breaks the connections of a migration in postcopy, on purpose.
+    fn migrate_pause(&self) -> Result<(), QmpError>;
+
     /// Goes on from `state`, at which the migration waits.
     fn migrate_continue(&self, state: MigrationStatus) -> Result<(), QmpError>;
 

@@ -128,6 +128,14 @@ impl Backend for MigratorBackend {
         Ok(())
     }
 
+    fn migrate_start_postcopy(&self) -> Result<(), QmpError> {
+        self.migrator.start_postcopy().map_err(QmpError::generic)
+    }
+
+    fn migrate_pause(&self) -> Result<(), QmpError> {
+        self.migrator.pause().map_err(QmpError::generic)
+    }
+
     fn migrate_continue(&self, state: MigrationStatus) -> Result<(), QmpError> {
         self.migrator.proceed(state).map_err(QmpError::generic)
     }

@@ -42,7 +42,7 @@ pub use error::Error;
 pub use migrator::{Migrator, Start, Subscription};
 pub use settings::{Capabilities, Capability, Parameters, SettingError};
 pub use status::{
-    Event, MigrationInfo, MigrationStats, MigrationStatus, RunState, SocketAddressInfo,
-    XbzrleCacheStats,
+    AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,
+    RunState, SocketAddressInfo, XbzrleCacheStats,
 };
 pub use vm::{DeviceState, Vm, VmError};

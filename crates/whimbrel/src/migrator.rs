@@ -52,6 +52,11 @@ struct Run {
     report: Arc<Report>,
     cancel: Cancel,
     proceed: Cancel,
+    /// `migrate-start-postcopy`.
+    postcopy: Cancel,
+    /// `migrate-pause`.
+    pause: Cancel,
+    allows_postcopy: bool,
     worker: Option<Worker>,
 }
 
@@ -130,6 +135,7 @@ impl Migrator {
         for &(capability, on) in changes {
             capabilities.set(capability, on);
         }
+        capabilities.check()?;
         inner.capabilities = capabilities;
         Ok(())
     }
@@ -166,6 +172,7 @@ impl Migrator {
             _ => {}
         }
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
+        let (postcopy, pause) = (new_cancel()?, new_cancel()?);
         let report = Arc::new(Report::new(Side::Source));
         let job = source::Job {
             guest: self.guest.clone(),
@@ -175,11 +182,22 @@ impl Migrator {
             report: report.clone(),
             cancel: cancel.clone(),
             proceed: proceed.clone(),
+            postcopy: postcopy.clone(),
+            pause: pause.clone(),
         };
         let worker = Worker::start(Role::SourceMain, cancel.clone(), move || source::run(&job))
             .map_err(Error::system("starting a thread"))?;
-        let worker = Some(worker);
-        let old = inner.run.replace(Run { side: Side::Source, report, cancel, proceed, worker });
+        let run = Run {
+            side: Side::Source,
+            report,
+            cancel,
+            proceed,
+            postcopy,
+            pause,
+            allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
+            worker: Some(worker),
+        };
+        let old = inner.run.replace(run);
         drop(inner);
         drop(old); // Its thread has told how it ended and is about to be gone: joined without the lock.
         Ok(())
@@ -194,6 +212,7 @@ impl Migrator {
         let listener = Listener::bind(address, &cancel)?;
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
+        let (postcopy, pause) = (new_cancel()?, new_cancel()?);
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
         let job = live::Job {
@@ -202,13 +221,22 @@ impl Migrator {
             autostart: self.autostart,
             report: report.clone(),
             cancel: cancel.clone(),
+            pause: pause.clone(),
         };
         let run = move || live::run(&job, listener);
         let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
             .map_err(Error::system("starting a thread"))?;
         let proceed = cancel.clone();
-        let worker = Some(worker);
-        inner.run = Some(Run { side: Side::Destination, report, cancel, proceed, worker });
+        inner.run = Some(Run {
+            side: Side::Destination,
+            report,
+            cancel,
+            proceed,
+            postcopy,
+            pause,
+            allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
+            worker: Some(worker),
+        });
         inner.exit_on_error = exit_on_error;
         Ok(())
     }
@@ -239,6 +267,38 @@ impl Migrator {
             && run.report.status().is_running()
         {
             run.cancel.set();
+        }
+    }
+
+    /// `migrate-start-postcopy`: the guest is to run at the destination as soon as that can be, and
+    /// the rest of its RAM to follow. No error when it is too late for that.
+    pub fn start_postcopy(&self) -> Result<(), Error> {
+        let inner = self.lock();
+        match &inner.run {
+            Some(run) if run.side == Side::Source && run.allows_postcopy => {
+                run.postcopy.set();
+                Ok(())
+            }
+            Some(run) if run.side == Side::Source => Err(Error::Refused(
+                "Enable postcopy with migrate_set_capability before the start of migration".into(),
+            )),
+            _ => Err(Error::Refused(
+                "Can't start postcopy: no migration out of here was started".into(),
+            )),
+        }
+    }
+
+    /// `migrate-pause`: breaks the connections of a migration in postcopy.
+    pub fn pause(&self) -> Result<(), Error> {
+        let inner = self.lock();
+        match &inner.run {
+            Some(run) if run.report.status() == MigrationStatus::PostcopyActive => {
+                run.pause.set();
+                Ok(())
+            }
+            _ => Err(Error::Refused(
+                "migrate-pause is currently only supported during postcopy-active state".into(),
+            )),
         }
     }
 

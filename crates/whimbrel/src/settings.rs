@@ -14,23 +14,32 @@ pub enum Capability {
     AutoConverge,
     /// Emit `MIGRATION` and `MIGRATION_PASS` events.
     Events,
+    /// Allow `migrate-start-postcopy`: the guest runs at the destination before its RAM is there.
+    PostcopyRam,
     /// Let the destination answer.
     ReturnPath,
     /// Wait for `migrate-continue` before the switchover.
     PauseBeforeSwitchover,
+    /// Keep account of how long vCPUs wait for pages, at a destination.
+    PostcopyBlocktime,
     /// Send the VM's UUID and compare it.
     ValidateUuid,
+    /// Give the pages that a guest waits for a channel of their own.
+    PostcopyPreempt,
 }
 
 impl Capability {
     /// All of them, in QMP's order.
-    pub const ALL: [Capability; 6] = [
+    pub const ALL: [Capability; 9] = [
         Capability::Xbzrle,
         Capability::AutoConverge,
         Capability::Events,
+        Capability::PostcopyRam,
         Capability::ReturnPath,
         Capability::PauseBeforeSwitchover,
+        Capability::PostcopyBlocktime,
         Capability::ValidateUuid,
+        Capability::PostcopyPreempt,
     ];
 
     /// QMP's name.
@@ -39,9 +48,12 @@ impl Capability {
             Capability::Xbzrle => "xbzrle",
             Capability::AutoConverge => "auto-converge",
             Capability::Events => "events",
+            Capability::PostcopyRam => "postcopy-ram",
             Capability::ReturnPath => "return-path",
             Capability::PauseBeforeSwitchover => "pause-before-switchover",
+            Capability::PostcopyBlocktime => "postcopy-blocktime",
             Capability::ValidateUuid => "validate-uuid",
+            Capability::PostcopyPreempt => "postcopy-preempt",
         }
     }
 }
@@ -69,6 +81,15 @@ impl Capabilities {
         let bit = 1 << capability as u32;
         if on { self.on |= bit } else { self.on &= !bit }
     }
+
+    /// Whether everything that is on has what it needs.
+    pub fn check(self) -> Result<(), SettingError> {
+        let (capability, needed) = (Capability::PostcopyPreempt, Capability::PostcopyRam);
+        match self.has(capability) && !self.has(needed) {
+            true => Err(SettingError::Needs { capability, needed }),
+            false => Ok(()),
+        }
+    }
 }
 
 /// Why a setting is refused.
@@ -87,6 +108,14 @@ pub enum SettingError {
     /// Not while a migration runs.
     #[error("There's a migration process in progress")]
     Running,
+    /// A capability needs another.
+    #[error("capability '{capability}' requires capability '{needed}'")]
+    Needs {
+        /// What was to be switched on.
+        capability: Capability,
+        /// What has to be on.
+        needed: Capability,
+    },
 }
 
 /// What can be tuned (`MigrationParameters`), in full.
@@ -105,6 +134,8 @@ pub struct Parameters {
     pub max_cpu_throttle: u8,
     /// Bytes a second while the guest runs at the source; 0 is without limit.
     pub max_bandwidth: u64,
+    /// Bytes a second that nobody asked for, in postcopy; 0 is without limit.
+    pub max_postcopy_bandwidth: u64,
     /// Bytes a second to count on for the switchover; 0 is to use the measured rate.
     pub avail_switchover_bandwidth: u64,
     /// How long the guest may stand still, in ms. At most 2,000,000.
@@ -122,6 +153,7 @@ impl Default for Parameters {
             cpu_throttle_tailslow: false,
             max_cpu_throttle: 99,
             max_bandwidth: 128 << 20,
+            max_postcopy_bandwidth: 0,
             avail_switchover_bandwidth: 0,
             downtime_limit: 300,
             xbzrle_cache_size: 64 << 20,

@@ -23,6 +23,12 @@ pub enum MigrationStatus {
     PreSwitchover,
     /// The guest is stopped: the rest of RAM and the devices are moving.
     Device,
+    /// The devices have gone, in postcopy, and it is not known yet whether they were loaded.
+    PostcopyDevice,
+    /// The guest runs at the destination, and the rest of its RAM follows.
+    PostcopyActive,
+    /// As before, and the link is broken: the guest runs until it touches what is missing.
+    PostcopyPaused,
     /// The guest is at the destination, whole.
     Completed,
     /// Ended by an error.
@@ -40,9 +46,22 @@ impl MigrationStatus {
             MigrationStatus::Active => "active",
             MigrationStatus::PreSwitchover => "pre-switchover",
             MigrationStatus::Device => "device",
+            MigrationStatus::PostcopyDevice => "postcopy-device",
+            MigrationStatus::PostcopyActive => "postcopy-active",
+            MigrationStatus::PostcopyPaused => "postcopy-paused",
             MigrationStatus::Completed => "completed",
             MigrationStatus::Failed => "failed",
         }
+    }
+
+    /// Whether part of the guest's RAM is here and part of it is there.
+    pub fn is_postcopy(self) -> bool {
+        matches!(
+            self,
+            MigrationStatus::PostcopyDevice
+                | MigrationStatus::PostcopyActive
+                | MigrationStatus::PostcopyPaused
+        )
     }
 
     /// Whether a migration is under way.
@@ -52,7 +71,10 @@ impl MigrationStatus {
             | MigrationStatus::Cancelling
             | MigrationStatus::Active
             | MigrationStatus::PreSwitchover
-            | MigrationStatus::Device => true,
+            | MigrationStatus::Device
+            | MigrationStatus::PostcopyDevice
+            | MigrationStatus::PostcopyActive
+            | MigrationStatus::PostcopyPaused => true,
             MigrationStatus::None
             | MigrationStatus::Cancelled
             | MigrationStatus::Completed
@@ -134,9 +156,84 @@ pub struct MigrationInfo {
     /// The XBZRLE cache, with capability `xbzrle`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub xbzrle_cache: Option<XbzrleCacheStats>,
+    /// With capability `postcopy-blocktime`, at a destination that is done: for how long every
+    /// vCPU waited for a page at the same time, in ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_blocktime: Option<u64>,
+    /// The same of each vCPU alone, in ms.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_vcpu_blocktime: Option<Vec<u64>>,
+    /// How long a fault waited for its page, on average of all, in ns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_latency: Option<u64>,
+    /// The same of each vCPU's faults, in ns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_vcpu_latency: Option<Vec<u64>>,
+    /// The same of the faults of other threads, in ns.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_non_vcpu_latency: Option<u64>,
+    /// How many faults took 2^n to 2^(n+1) µs, for n from 0 to 23; the first counts also what was
+    /// shorter, the last what was longer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub postcopy_latency_dist: Option<Vec<u64>>,
+    /// Whimbrel's own: the faults of a destination, in more detail.
+    #[serde(rename = "x-faults", skip_serializing_if = "Option::is_none")]
+    pub faults: Option<FaultStats>,
+    /// Whimbrel's own: how a source answered requests for pages.
+    #[serde(rename = "x-answers", skip_serializing_if = "Option::is_none")]
+    pub answers: Option<AnswerStats>,
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket_address: Option<Vec<SocketAddressInfo>>,
+}
+
+/// How long something took, of many times, in µs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct Latency {
+    /// On average.
+    pub mean: f64,
+    /// The median.
+    pub p50: f64,
+    /// Nine of ten were no longer.
+    pub p90: f64,
+    /// Ninety-nine of a hundred were no longer.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
+}
+
+/// The faults of a destination in postcopy: accesses to pages that had not arrived.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct FaultStats {
+    /// How many there were whose page had to be waited for.
+    pub count: u64,
+    /// From reading the fault to the page being in place.
+    pub latency_us: Latency,
+    /// The part of it until the request was written: `asked`.
+    pub asked_us: Latency,
+    /// The part from there until the page's first byte was read: queued at the source, and on the
+    /// wire both ways.
+    pub waited_us: Latency,
+    /// The rest: `placed`.
+    pub placed_us: Latency,
+    /// Requests sent again because no answer came.
+    pub asked_again: u64,
+    /// Pages that came although they were there.
+    pub came_twice: u64,
+}
+
+/// How a source answered requests.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct AnswerStats {
+    /// Requests that were answered by a page of their own.
+    pub count: u64,
+    /// From reading such a request to its page being with the kernel: `queued`.
+    pub queued_us: Latency,
+    /// Requests for pages that had gone already, or were going.
+    pub already_sent: u64,
 }
 
 /// RAM's part of the report (`MigrationStats`).

@@ -45,6 +45,12 @@ pub trait Vm: Send + Sync {
     /// the guest first runs, after all of its RAM has arrived.
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError>;
 
+    /// The kernel's numbers of the threads that run vCPUs, in their order (`gettid`), as far as it
+    /// is known: who waits for a page is told by them. Asked when the guest is about to run.
+    fn vcpu_threads(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     /// Slows the guest down: every vCPU runs for `100 - percent` of the time. 0 ends it.
     fn throttle(&self, percent: u8) {
         let _ = percent;

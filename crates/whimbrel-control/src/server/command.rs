@@ -14,13 +14,15 @@ type Outcome = Result<Value, QmpError>;
 type Run = fn(Arguments, &dyn Backend) -> Outcome;
 
 /// Every command but the two that a session answers itself.
-const COMMANDS: [(&str, Run); 16] = [
+const COMMANDS: [(&str, Run); 18] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
     ("migrate-incoming", migrate_incoming),
+    ("migrate-pause", migrate_pause),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
+    ("migrate-start-postcopy", migrate_start_postcopy),
     ("migrate_cancel", migrate_cancel),
     ("query-commands", query_commands),
     ("query-migrate", query_migrate),
@@ -100,6 +102,16 @@ fn migrate_continue(mut arguments: Arguments, backend: &dyn Backend) -> Outcome 
         .map_err(|_| QmpError::wrong_value("state", &name))?;
     arguments.finish()?;
     done(backend.migrate_continue(state))
+}
+
+fn migrate_pause(arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    arguments.finish()?;
+    done(backend.migrate_pause())
+}
+
+fn migrate_start_postcopy(arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    arguments.finish()?;
+    done(backend.migrate_start_postcopy())
 }
 
 fn migrate_set_capabilities(mut arguments: Arguments, backend: &dyn Backend) -> Outcome {

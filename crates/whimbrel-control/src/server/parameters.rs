@@ -69,7 +69,7 @@ fn out_of_range(error: &SettingError) -> QmpError {
             let name = name.replace('-', "_");
             QmpError::generic(format_args!("Parameter '{name}' expects {expected}"))
         }
-        SettingError::Running => QmpError::generic(error),
+        SettingError::Running | SettingError::Needs { .. } => QmpError::generic(error),
     }
 }
 

@@ -141,6 +141,14 @@ impl Backend for Fake {
         self.call(format!("migrate-continue {state}"))
     }
 
+    fn migrate_start_postcopy(&self) -> Result<(), QmpError> {
+        self.call("migrate-start-postcopy".into())
+    }
+
+    fn migrate_pause(&self) -> Result<(), QmpError> {
+        self.call("migrate-pause".into())
+    }
+
     fn migration_info(&self) -> MigrationInfo {
         self.settings.lock().unwrap().info.clone()
     }

@@ -25,6 +25,8 @@ pub(crate) struct Job {
     pub(crate) autostart: bool,
     pub(crate) report: Arc<Report>,
     pub(crate) cancel: Cancel,
+    /// `migrate-pause`.
+    pub(crate) pause: Cancel,
 }
 
 impl Job {

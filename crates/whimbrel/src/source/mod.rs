@@ -40,6 +40,10 @@ pub(crate) struct Job {
     pub(crate) cancel: Cancel,
     /// `migrate-continue`.
     pub(crate) proceed: Cancel,
+    /// `migrate-start-postcopy`.
+    pub(crate) postcopy: Cancel,
+    /// `migrate-pause`.
+    pub(crate) pause: Cancel,
 }
 
 impl Job {
