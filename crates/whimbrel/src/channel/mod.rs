@@ -53,6 +53,23 @@ impl Channel {
         Ok(Channel { name, fd, kind, cancel: cancel.clone(), bytes_in: 0, bytes_out: 0 })
     }
 
+    /// The same connection as a channel of its own, for the other direction.
+    pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
+        let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
+        let kind = Kind::Socket;
+        let cancel = self.cancel.clone();
+        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0 })
+    }
+
+    /// Waits until a write is likely to go through, for `timeout` at most.
+    pub(crate) fn ready_to_send(&self, timeout: Option<Duration>) -> Result<Woken, Error> {
+        match self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, timeout) {
+            Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(woken) => Ok(woken),
+            Err(error) => Err(self.error(error, self.bytes_out)),
+        }
+    }
+
     /// The channel's name, for errors.
     pub(crate) fn name(&self) -> &'static str {
         self.name

@@ -14,7 +14,7 @@ use crate::report::{EndsFailed, Report};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::vm::DeviceState;
-use crate::worker::Cancel;
+use crate::worker::{Cancel, Links};
 
 /// Everything one incoming migration is given.
 #[derive(Debug)]
@@ -25,8 +25,8 @@ pub(crate) struct Job {
     pub(crate) autostart: bool,
     pub(crate) report: Arc<Report>,
     pub(crate) cancel: Cancel,
-    /// `migrate-pause`.
-    pub(crate) pause: Cancel,
+    /// The connections in postcopy: `migrate-pause`, and the end.
+    pub(crate) links: Links,
 }
 
 impl Job {
@@ -52,7 +52,7 @@ pub(crate) fn run(job: &Job, listener: Listener) {
 }
 
 fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
-    let channel = listener.accept(&job.cancel)?;
+    let channel = listener.accept("main", &job.cancel)?;
     job.set_status(MigrationStatus::Active);
     let mut incoming = Incoming::new(channel);
     let mut waiting = Waiting { job, runs: true };

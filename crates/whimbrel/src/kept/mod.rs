@@ -82,7 +82,7 @@ impl Receiver {
     /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let mut keeper = keeper::Keeper::new(path);
-        let channel = self.listener.accept(&self.cancel)?;
+        let channel = self.listener.accept("main", &self.cancel)?;
         let mut incoming = Incoming::new(channel).with_progress(self.placed);
         let kept = incoming.receive(&mut keeper).and_then(|()| keeper.keep());
         if kept.is_err() {

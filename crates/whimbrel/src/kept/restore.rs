@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::TargetPage;
+use whimbrel_ram::{TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
@@ -12,7 +12,7 @@ use crate::channel;
 use crate::error::Error;
 use crate::report::{add, set};
 use crate::source::handover;
-use crate::source::setup::{RAM_SECTION, Stream, announce};
+use crate::source::setup::{Announcement, RAM_SECTION, Stream};
 use crate::status::{MigrationInfo, MigrationStatus};
 use crate::worker::Cancel;
 
@@ -65,14 +65,20 @@ impl Restoring {
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let channel = channel::connect(address, &restoring.cancel)?;
+    let channel = channel::connect("main", address, &restoring.cancel)?;
     let return_path = channel.is_two_way();
     let mut configuration = vm.configuration.clone();
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
-    let mut stream = announce(&configuration, &vm.ram, channel, return_path, |words| {
-        vm.early.iter().for_each(|section| section.encode(words));
-    })?;
+    let announcement = Announcement {
+        configuration: &configuration,
+        ram: &vm.ram,
+        units: &|_| TARGET_PAGE,
+        return_path,
+        postcopy: false,
+    };
+    let mut stream = announcement
+        .send(channel, |words| vm.early.iter().for_each(|section| section.encode(words)))?;
     report.setup_is_done();
     report.set_status(MigrationStatus::Active);
     send_pages(vm, &mut stream, restoring)?;

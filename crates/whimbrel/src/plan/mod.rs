@@ -5,8 +5,10 @@
 
 mod downtime;
 mod pace;
+mod share;
 mod throttle;
 
 pub(crate) use downtime::{Convergence, Next};
 pub(crate) use pace::Pace;
+pub(crate) use share::Share;
 pub(crate) use throttle::Throttle;
