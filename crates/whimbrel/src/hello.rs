@@ -26,6 +26,12 @@ impl Features {
     /// What this version can do.
     pub(crate) const ALL: Features = Features(1 | 2 | 4);
 
+    /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
+    pub(crate) fn of_destination(small_pieces: bool) -> Features {
+        let small = if small_pieces { 0 } else { Features::SMALL_PIECES.0 };
+        Features(Features::ALL.0 & !small)
+    }
+
     pub(crate) fn has(self, feature: Features) -> bool {
         self.0 & feature.0 == feature.0
     }

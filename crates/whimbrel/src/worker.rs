@@ -26,6 +26,8 @@ pub(crate) enum Role {
     DestinationUrgent,
     /// Loads the devices, and runs the guest.
     DestinationLoad,
+    /// Touches pages in the place of a guest that is only kept.
+    DestinationTouch,
 }
 
 impl Role {
@@ -39,6 +41,7 @@ impl Role {
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
+            Role::DestinationTouch => "dest/touch",
         }
     }
 }
@@ -99,6 +102,20 @@ impl Cancel {
         let mut fds =
             [PollFd::from_borrowed_fd(wake, PollFlags::IN), PollFd::from_borrowed_fd(fd, what)];
         self.poll(&mut fds, timeout)
+    }
+
+    /// Waits until one of `fds` can be read, for `timeout` at most.
+    pub(crate) fn wait_any(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> io::Result<Woken> {
+        let wake = std::iter::once(self.shared.wake.as_fd());
+        let mut fds: Vec<PollFd<'_>> = wake
+            .chain(fds.iter().copied())
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        self.poll(&mut fds, Some(timeout))
     }
 
     /// Waits for `time`, or until cancelled.
@@ -225,6 +242,7 @@ mod tests {
             Role::DestinationFault,
             Role::DestinationUrgent,
             Role::DestinationLoad,
+            Role::DestinationTouch,
         ] {
             assert!(role.name().len() <= 15);
         }

@@ -14,7 +14,7 @@ use crate::report::{add, set};
 use crate::source::handover;
 use crate::source::setup::{Announcement, RAM_SECTION, Stream};
 use crate::status::{MigrationInfo, MigrationStatus};
-use crate::worker::Cancel;
+use crate::worker::{Cancel, Links};
 
 /// The most bytes of one system call's pages.
 const BATCH_MAX: usize = 2 << 20;
@@ -24,20 +24,22 @@ const BATCH_MAX: usize = 2 << 20;
 pub struct Restoring {
     progress: Progress,
     cancel: Cancel,
+    links: Links,
 }
 
 impl KeptVm {
     /// Prepares sending it.
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel })
+        let links = Links::new().map_err(Error::system("making an eventfd"))?;
+        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links })
     }
 }
 
 impl Restoring {
     /// What ends it from another thread.
     pub fn stopper(&self) -> Stop {
-        Stop(self.cancel.clone())
+        Stop { cancel: self.cancel.clone(), links: self.links.clone() }
     }
 
     /// The report, to be read while it is sent.
