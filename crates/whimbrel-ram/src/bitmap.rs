@@ -62,6 +62,22 @@ impl AtomicBitmap {
         })
     }
 
+    /// Sets a range, if none of its bits is set; true when it did.
+    pub(crate) fn claim_all(&self, range: Range<u64>) -> bool {
+        let mut from = range.start;
+        while from < range.end {
+            match self.claim_first(from..range.end) {
+                Some(run) if run.start == from => from = run.end,
+                other => {
+                    self.clear(range.start..from);
+                    other.map(|run| self.clear(run));
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
     /// All words, the first bit in the lowest bit of the first.
     pub(crate) fn words(&self) -> impl Iterator<Item = u64> {
         self.words.iter().map(|word| word.load(Ordering::Acquire))
@@ -120,6 +136,10 @@ mod tests {
         assert_eq!(bits.claim_first(50..190), Some(50..64), "up to the end of its word");
         assert_eq!(bits.claim_first(64..190), Some(65..128));
         assert_eq!(bits.claim_first(192..200), Some(192..200));
+        assert!(!bits.claim_all(120..140), "some are set");
+        assert_eq!(bits.first_clear(120..140), Some(128..140), "none of the others is");
+        assert!(bits.claim_all(128..192));
+        assert_eq!(bits.clear(128..192), 64);
         assert_eq!(bits.clear(64..70), 6);
         assert!(!bits.contains(69) && bits.contains(70) && bits.contains(199));
         assert_eq!(bits.words().map(u64::count_ones).sum::<u32>(), 6 + 4 + 14 + 58 + 8);

@@ -91,6 +91,8 @@ impl AbsentRam {
                 // In the page cache by now, but perhaps not mapped.
                 Err(error) if exists(&error) && region.kind == Kind::Shared => {}
                 Ok(()) if done == 0 => {}
+                // A huge page that has been restored since: nobody watches it any more.
+                Err(error) if restored(region, &error) => return Ok(()),
                 result => return or_there(result),
             }
         }
@@ -100,6 +102,10 @@ impl AbsentRam {
 /// Whether the page is there already.
 pub(super) fn exists(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::AlreadyExists
+}
+
+fn restored(region: &Region, error: &io::Error) -> bool {
+    region.huge.is_some() && error.raw_os_error() == Some(libc::ENOENT)
 }
 
 fn or_there(result: io::Result<()>) -> io::Result<()> {

@@ -12,6 +12,7 @@
 mod fault;
 mod place;
 mod region;
+mod split;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -23,6 +24,7 @@ use crate::{BlockIndex, GuestRam, PageSize, RamBlock, Received};
 pub use fault::Fault;
 use place::Zeros;
 use region::Region;
+use split::Restoring;
 
 /// Whether pages may be placed in pieces smaller than the host page of their block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,7 @@ pub struct AbsentRam {
     /// Blocks in the order of their addresses.
     by_address: Box<[BlockIndex]>,
     zeros: Zeros,
+    restoring: Restoring,
 }
 
 impl AbsentRam {
@@ -64,24 +67,25 @@ impl AbsentRam {
     /// files in 4 KiB pages cannot be watched: what the file holds there would be taken for the
     /// guest's. Of memory the VMM mapped itself, private anonymous memory and hugetlb can.
     pub fn watch(ram: &GuestRam, received: Arc<Received>, split: Split) -> io::Result<AbsentRam> {
-        let wished = feature::THREAD_ID
+        let wished = feature::FLAG_WP
+            | feature::THREAD_ID
             | feature::EXACT_ADDRESS
             | feature::POISON
             | feature::MISSING_SHMEM
             | feature::MINOR_SHMEM
             | feature::MISSING_HUGETLBFS;
         let (uffd, features) = Userfaultfd::open_with(Faults::All, 0, wished)?;
-        let _ = split;
-        let regions: io::Result<Box<[Region]>> = ram
-            .blocks()
-            .map(|(index, block)| Region::watch(&uffd, index, block, &received))
-            .collect();
-        let regions = regions?;
+        let restoring = Restoring::new();
+        let may_split = split == Split::Small && features & feature::FLAG_WP != 0;
+        let small = may_split.then_some(&restoring);
+        let watch = |(index, block)| Region::watch(&uffd, index, block, &received, small);
+        let regions: Box<[Region]> = ram.blocks().map(watch).collect::<io::Result<_>>()?;
         let largest = regions.iter().map(|region| region.unit.bytes()).max().unwrap_or(0);
         let mut by_address: Box<[BlockIndex]> = ram.blocks().map(|(index, _)| index).collect();
         by_address.sort_by_key(|index| regions[index.index()].span.start);
         let zeros = Zeros::new(largest)?;
-        Ok(AbsentRam { ram: ram.clone(), received, uffd, features, regions, by_address, zeros })
+        let ram = ram.clone();
+        Ok(AbsentRam { ram, received, uffd, features, regions, by_address, zeros, restoring })
     }
 
     /// The piece in which pages of a block are asked for and placed: its host page, or 4 KiB where
@@ -105,16 +109,19 @@ impl AbsentRam {
         &self.ram
     }
 
-    /// Every page is there: stops watching, and lets the kernel use huge pages again where it did.
+    /// Every page is there: restores what is left of huge pages, stops watching, and lets the kernel
+    /// use huge pages again where it did.
     ///
     /// # Panics
     /// When pages are missing.
     pub fn finish(self) -> io::Result<()> {
         assert_eq!(self.received.missing(), 0, "all pages are there when postcopy ends");
-        for (_, block) in self.ram.blocks() {
-            self.uffd
-                .unregister(block.span())
-                .map_err(|error| named(block, "let go of", &error))?;
+        // One by one, so that writers wait for one page only. An error comes again below.
+        while matches!(self.restore_next(), Ok(true)) {}
+        for (index, block) in self.ram.blocks() {
+            self.restore_all(block, &self.regions[index.index()])
+                .and_then(|()| self.uffd.unregister(block.span()))
+                .map_err(|error| named(block, "end the watch for", &error))?;
             region::advise_huge_pages(block, true);
         }
         Ok(())

@@ -15,7 +15,7 @@ use crate::{BlockIndex, RamBlock};
 
 /// What to put there.
 #[derive(Clone, Copy)]
-enum Content<'a> {
+pub(super) enum Content<'a> {
     Bytes(&'a [u8]),
     Zeros,
 }
@@ -74,13 +74,30 @@ impl AbsentRam {
         let unit = region.unit.bytes() as u64;
         let each = region.unit.target_pages();
         let (mut from, mut new) = (units.start, 0);
-        while let Some(run) = region.taken.claim_first(from..units.end) {
+        while from < units.end {
+            let rest = from * unit..units.end * unit;
+            let whole = self.put_huge(index, region, &rest, content.part(at, &rest));
+            let whole = whole.map_err(|error| named(block, "place", &error))?;
+            if whole > 0 {
+                new += whole;
+                from += whole;
+                continue;
+            }
+            // Up to where the next huge page begins, which may be placed as a whole.
+            let end = region.huge.as_ref().map_or(units.end, |huge| huge.end_of(from));
+            let end = end.min(units.end);
+            let Some(run) = region.taken.claim_first(from..end) else {
+                from = end;
+                continue;
+            };
             from = run.end;
             let bytes = run.start * unit..run.end * unit;
             let (done, result) = self.put_run(region, block, &bytes, content.part(at, &bytes));
             // The pages are there: whoever sees these bits sees them.
             let placed = run.start..run.start + done / unit;
-            new += self.received.set_all(index, placed.start * each..placed.end * each);
+            let pages = placed.start * each..placed.end * each;
+            new += self.received.set_all(index, pages.clone());
+            self.count_pieces(index, region, pages);
             if let Err(error) = result {
                 region.taken.clear(placed.end..run.end);
                 return Err(named(block, "place", &error));
@@ -153,7 +170,7 @@ impl AbsentRam {
 
 impl<'a> Content<'a> {
     /// The part of what begins at byte `start` of a block that is for `bytes` of the block.
-    fn part(self, start: u64, bytes: &Range<u64>) -> Content<'a> {
+    pub(super) fn part(self, start: u64, bytes: &Range<u64>) -> Content<'a> {
         let at = |offset: u64| usize::try_from(offset - start).expect("inside a slice");
         match self {
             Content::Bytes(all) => Content::Bytes(&all[at(bytes.start)..at(bytes.end)]),

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use super::named;
+use super::split::{Huge, Restoring};
 use crate::backing::Backing;
 use crate::bitmap::AtomicBitmap;
 use crate::uffd::{self, Span, Userfaultfd};
@@ -29,6 +30,8 @@ pub(super) struct Region {
     pub(super) span: Span,
     /// One bit a unit: it is there, or somebody is just placing it.
     pub(super) taken: AtomicBitmap,
+    /// Where its huge pages are filled in small pieces.
+    pub(super) huge: Option<Huge>,
 }
 
 impl Region {
@@ -37,32 +40,38 @@ impl Region {
         index: BlockIndex,
         block: &RamBlock,
         received: &Received,
+        split: Option<&Restoring>,
     ) -> io::Result<Region> {
-        let unit = block.host_page_size();
-        let kind = kind(block).map_err(|error| named(block, "watch", &error))?;
+        let cannot = |error: io::Error| named(block, "watch", &error);
+        let kind = kind(block).map_err(cannot)?;
+        refuse_foreign_shared(uffd, block).map_err(cannot)?;
         advise_huge_pages(block, false);
-        let modes = match kind {
-            // The page cache is not to be trusted: a huge folio holds neighbours of what arrived.
-            Kind::Shared => uffd::MISSING | uffd::MINOR,
-            Kind::Anonymous | Kind::Huge => uffd::MISSING,
+        let missing = missing(index, block, received);
+        let take_out = || missing.iter().try_for_each(|run| discard(block, run));
+        let huge = match split {
+            Some(restoring) => {
+                take_out().and_then(|()| Huge::split(uffd, block, &missing, restoring))
+            }
+            None => Ok(None),
+        };
+        let huge = huge.map_err(cannot)?;
+        let (kind, unit) = match huge {
+            Some(_) => (Kind::Anonymous, TARGET_PAGE),
+            None => (kind, block.host_page_size()),
         };
         let span = block.span();
-        refuse_foreign_shared(uffd, block).map_err(|error| named(block, "watch", &error))?;
-        uffd.register(span, modes).map_err(|error| named(block, "watch", &error))?;
+        if huge.is_none() {
+            uffd.register(span, modes(kind)).map_err(cannot)?;
+            // Only now: what is touched from here on is told of.
+            take_out().map_err(cannot)?;
+        }
         let each = unit.target_pages();
         let taken = AtomicBitmap::new(block.target_pages() / each);
         taken.set(0..block.target_pages() / each);
-        // Only now: what is touched from here on is told of.
-        let mut from = 0;
-        while let Some(run) = received.first_missing(index, from..block.target_pages()) {
-            let units = run.start / each..run.end.div_ceil(each);
-            let pages = units.start * each..units.end * each;
-            received.clear(index, pages.clone());
-            discard(block, &pages).map_err(|error| named(block, "take out", &error))?;
-            taken.clear(units);
-            from = pages.end;
+        for run in missing {
+            taken.clear(run.start / each..run.end / each);
         }
-        Ok(Region { kind, unit, span, taken })
+        Ok(Region { kind, unit, span, taken, huge })
     }
 
     /// The units of a range of bytes, if it is made of whole ones inside the block.
@@ -80,6 +89,29 @@ impl Region {
     pub(super) fn at(&self, offset: u64, len: u64) -> Span {
         Span { start: self.span.start + offset, len }
     }
+}
+
+fn modes(kind: Kind) -> u64 {
+    match kind {
+        // The page cache is not to be trusted: a huge folio holds neighbours of what arrived.
+        Kind::Shared => uffd::MISSING | uffd::MINOR,
+        Kind::Anonymous | Kind::Huge => uffd::MISSING,
+    }
+}
+
+/// The target pages of all host pages that are missing, if only in part; forgets what was received
+/// of those.
+fn missing(index: BlockIndex, block: &RamBlock, received: &Received) -> Vec<Range<u64>> {
+    let each = block.host_page_size().target_pages();
+    let mut all = Vec::new();
+    let mut from = 0;
+    while let Some(run) = received.first_missing(index, from..block.target_pages()) {
+        let run = run.start / each * each..run.end.div_ceil(each) * each;
+        received.clear(index, run.clone());
+        from = run.end;
+        all.push(run);
+    }
+    all
 }
 
 fn kind(block: &RamBlock) -> io::Result<Kind> {

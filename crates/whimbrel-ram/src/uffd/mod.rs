@@ -35,6 +35,8 @@ const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 
 /// What the kernel can do, by its numbers.
 pub(crate) mod feature {
+    /// Events say whether the page was missing or protected.
+    pub(crate) const FLAG_WP: u64 = 1 << 0;
     /// Missing pages of hugetlb.
     pub(crate) const MISSING_HUGETLBFS: u64 = 1 << 4;
     /// Missing pages of shared memory.
