@@ -8,6 +8,8 @@ mod connect;
 mod exec;
 mod fd;
 mod file;
+#[cfg_attr(not(test), expect(dead_code, reason = "the source's postcopy will use it"))]
+pub(crate) mod link;
 mod listen;
 
 use std::io;
