@@ -43,7 +43,8 @@ pub(crate) fn add(counter: &AtomicU64, value: u64) {
     counter.fetch_add(value, Ordering::Relaxed);
 }
 
-fn get(counter: &AtomicU64) -> u64 {
+/// Reads a counter.
+pub(crate) fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 

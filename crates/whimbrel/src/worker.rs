@@ -105,11 +105,7 @@ impl Cancel {
     }
 
     /// Waits until one of `fds` can be read, for `timeout` at most.
-    pub(crate) fn wait_any(
-        &self,
-        fds: &[BorrowedFd<'_>],
-        timeout: Duration,
-    ) -> io::Result<Woken> {
+    pub(crate) fn wait_any(&self, fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Woken> {
         let wake = std::iter::once(self.shared.wake.as_fd());
         let mut fds: Vec<PollFd<'_>> = wake
             .chain(fds.iter().copied())

@@ -68,11 +68,6 @@ impl Listener {
         }
     }
 
-    /// Whether more than one channel can come.
-    pub(crate) fn takes_many(&self) -> bool {
-        !matches!(self.socket, Socket::Direct)
-    }
-
     /// Waits for the source's next channel, which gets `name`. The address is taken until the
     /// listener goes.
     pub(crate) fn accept(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {

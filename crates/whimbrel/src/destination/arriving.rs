@@ -88,7 +88,8 @@ impl<'a> Arriving<'a> {
         bytes: &[u8],
         read: Instant,
     ) -> Result<(), Error> {
-        let new = self.absent.place(block, offset, bytes).map_err(Error::system("placing pages"))?;
+        let new =
+            self.absent.place(block, offset, bytes).map_err(Error::system("placing pages"))?;
         self.placed(block, offset, bytes.len() as u64, new, read);
         Ok(())
     }

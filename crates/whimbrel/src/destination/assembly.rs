@@ -28,9 +28,21 @@ pub(super) struct Assembly<'a> {
 enum Held {
     Nothing,
     /// Pages that follow each other, each of which can be placed by itself.
-    Run { block: BlockIndex, start: u64, len: u64, zero: bool, read: Instant },
+    Run {
+        block: BlockIndex,
+        start: u64,
+        len: u64,
+        zero: bool,
+        read: Instant,
+    },
     /// A part of a host page.
-    Part { page: HostPage, start: u64, pages: u64, zero: bool, read: Instant },
+    Part {
+        page: HostPage,
+        start: u64,
+        pages: u64,
+        zero: bool,
+        read: Instant,
+    },
 }
 
 impl<'a> Assembly<'a> {

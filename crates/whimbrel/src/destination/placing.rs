@@ -48,7 +48,16 @@ impl Placing {
             vec![0; usize::try_from(pages.div_ceil(64)).expect("RAM fits in memory")]
         };
         let received = blocks.iter().map(words).collect();
-        Placing { ram, blocks, received, fresh, last: None, in_a_row: 0, populate: None, arrived: None }
+        Placing {
+            ram,
+            blocks,
+            received,
+            fresh,
+            last: None,
+            in_a_row: 0,
+            populate: None,
+            arrived: None,
+        }
     }
 
     /// Has `arrived` told which pages have come.

@@ -147,7 +147,10 @@ pub(super) fn run(
     let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
     let reason = match (result, shared.take_reason()) {
         (Ok(()), None) => {
-            return absent.finish().map_err(Error::system("letting go of guest RAM")).map_err(before);
+            return absent
+                .finish()
+                .map_err(Error::system("letting go of guest RAM"))
+                .map_err(before);
         }
         (_, Some(reason)) | (Err(reason), None) => reason,
     };
@@ -220,9 +223,8 @@ fn receive(
     };
     thread::scope(|scope| {
         let run = || {
-            let asking =
-                scoped(scope, Role::DestinationFault, || shared.check(asking.run()))
-                    .map_err(spawning())?;
+            let asking = scoped(scope, Role::DestinationFault, || shared.check(asking.run()))
+                .map_err(spawning())?;
             if let Some(listener) = terms.urgent {
                 let arriving = &arriving;
                 let body =
@@ -262,8 +264,9 @@ fn devices(
     let base = input.decoder().offset() - package.len() as u64;
     let mut whole = package.to_vec();
     Command::PostcopyRun.encode(&mut whole);
-    let Package { sections, pings } = Package::decode(&whole, base, input.decoder().delimiting())
-        .map_err(|source| Error::Protocol { channel: Via::Main.name(), source })?;
+    let Package { sections, pings } =
+        Package::decode(&whole, base, input.decoder().delimiting())
+            .map_err(|source| Error::Protocol { channel: Via::Main.name(), source })?;
     let devices = match own_machine {
         true => Devices::Own(sections),
         false => Devices::Qemu {
@@ -328,11 +331,7 @@ fn take_urgent(
 }
 
 /// The rest of the main channel.
-fn take_pages(
-    input: &mut Input,
-    arriving: &Arriving<'_>,
-    outbox: &Outbox,
-) -> Result<(), Error> {
+fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Result<(), Error> {
     let mut assembly = Assembly::new(arriving, Via::Main);
     let mut content = [0; TARGET_PAGE.bytes()];
     loop {

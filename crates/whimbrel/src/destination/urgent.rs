@@ -6,9 +6,7 @@ use std::time::Instant;
 
 use whimbrel_ram::TARGET_PAGE;
 use whimbrel_ram::kernel_copy::Scatter;
-use whimbrel_wire::{
-    BlockList, RamRecord, RecordDecoded, RecordDecoder, RecordFormat, TargetPage,
-};
+use whimbrel_wire::{BlockList, RamRecord, RecordDecoded, RecordDecoder, RecordFormat, TargetPage};
 
 use super::arriving::{Arriving, Via};
 use super::assembly::Assembly;

@@ -32,7 +32,15 @@ pub(super) struct Keeper {
 
 impl Keeper {
     pub(super) fn new(path: &Path, touch: Touch) -> Keeper {
-        Keeper { path: path.into(), configuration: None, ram: None, written: None, ahead: None, touch, toucher: None }
+        Keeper {
+            path: path.into(),
+            configuration: None,
+            ram: None,
+            written: None,
+            ahead: None,
+            touch,
+            toucher: None,
+        }
     }
 
     /// RAM of a guest that came first is complete: everything goes to the disk.

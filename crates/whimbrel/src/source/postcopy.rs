@@ -7,6 +7,7 @@
 //! The right to run the guest is given up before the last bytes of the package, RUN, go out. After
 //! that no failure brings it back: the migration pauses, and both sides keep what they have.
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
@@ -19,7 +20,7 @@ use whimbrel_wire::{
 };
 
 use super::answers::Answers;
-use super::background::Background;
+use super::background::{Background, Held};
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -27,7 +28,7 @@ use super::setup::{RAM_SECTION, Stream, name};
 use super::urgent::Urgent;
 use super::wanted::Wanted;
 use crate::address::Address;
-use crate::channel::{self, Channel};
+use crate::channel::{self, Channel, link};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::report::{Report, add, set};
@@ -126,7 +127,8 @@ impl<'a> Postcopy<'a> {
         let thread = self
             .urgent_thread(map, &mut stream, urgent, answers, (&said, &wanted))
             .map_err(Failed::Before)?;
-        let run_apart = agreed.has(Features::RUN_APART) && thread.out.is_some();
+        let preempt = thread.out.is_some();
+        let run_apart = agreed.has(Features::RUN_APART) && preempt;
         thread::scope(|scope| {
             let (said, all_sent, links) = (&said, &all_sent, self.links);
             let body = move || {
@@ -140,7 +142,8 @@ impl<'a> Postcopy<'a> {
             let result = self
                 .give_away(map, &mut stream, sections, run_apart.then_some(said), hand_over)
                 .and_then(|()| {
-                    self.send_rest(map, &mut stream, &wanted, said, all_sent).map_err(Failed::After)
+                    self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt))
+                        .map_err(Failed::After)
                 });
             if result.is_err() {
                 links.break_now();
@@ -172,6 +175,7 @@ impl<'a> Postcopy<'a> {
         input.heed(links.clone());
         let out = urgent.map(|mut channel| {
             channel.heed(links);
+            link::classify(channel.as_fd(), link::Class::Urgent);
             Out::new(channel, self.ram.clone(), stream.out.blocks().clone())
         });
         Ok(Urgent {
@@ -254,7 +258,7 @@ impl<'a> Postcopy<'a> {
         stream: &mut Stream,
         wanted: &Wanted,
         said: &Said,
-        all_sent: &AtomicBool,
+        (all_sent, beside_urgent): (&AtomicBool, bool),
     ) -> Result<(), Error> {
         stream.out.name_blocks_again();
         Command::Ping(PING_BEHIND).encode(stream.out.words());
@@ -272,6 +276,7 @@ impl<'a> Postcopy<'a> {
             parameters: self.parameters,
             wanted,
             said,
+            held: Held::new(beside_urgent, &mut stream.out),
         };
         background.run(&mut stream.out)?;
         all_sent.store(true, Ordering::Release);
