@@ -74,8 +74,11 @@ impl RunVm {
             migrator.cont()?;
         }
         let end = ended.recv().unwrap_or(End::Quit);
-        drop(server);
+        // First of all the guest: a migration that ends may leave pages of it behind that it is
+        // not to find empty. Then whoever waits for such a page, a client of the server included.
+        vm.halt();
         migrator.end();
+        drop(server);
         match end {
             End::Quit => Ok(()),
             End::Failed(why) => Err(Failure::new(why)),

@@ -14,7 +14,7 @@ use crate::claim::{Asked, Claim};
 use crate::dirty::DirtyBits;
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
 use crate::words::{count, mask, position, words};
-use crate::{BlockIndex, GuestRam, HostPage, TargetPage};
+use crate::{BlockIndex, GuestRam, HostPage, PageSize, TARGET_PAGE, TargetPage};
 
 /// Somebody holds a claim on the host page.
 const OWNED: u8 = 1;
@@ -60,6 +60,13 @@ pub struct Sweep {
 }
 
 impl Sweep {
+    /// Goes on from a page: what follows a page that somebody waited for is likely to be wanted
+    /// next. The turn that has begun ends as before, at the end of the last block.
+    pub fn go_on_from(&mut self, block: BlockIndex, page: TargetPage) {
+        self.block = block.index();
+        self.page = page.0;
+    }
+
     /// From the start, claiming up to 64 neighbours at once where host pages are target pages.
     fn new() -> Sweep {
         Sweep { block: 0, page: 0, batch: u64::BITS }
@@ -79,8 +86,23 @@ impl Sweep {
 impl PageMap {
     /// The map of `ram`; nothing is to be sent.
     pub fn new(ram: &GuestRam) -> PageMap {
-        let block_map = |(_, block): (_, &crate::RamBlock)| {
-            BlockMap::new(block.target_pages(), block.host_page_size().target_pages())
+        PageMap::with_units(ram, |block| ram.block(block).host_page_size())
+    }
+
+    /// The map of `ram` where what must not be split over two channels, its "host page", is
+    /// `unit` in each block: what the destination places at once. Nothing is to be sent.
+    ///
+    /// # Panics
+    /// When a block is no multiple of its unit.
+    pub fn with_units(ram: &GuestRam, unit: impl Fn(BlockIndex) -> PageSize) -> PageMap {
+        let block_map = |(index, block): (BlockIndex, &crate::RamBlock)| {
+            let per_host = unit(index).target_pages();
+            assert!(
+                block.target_pages().is_multiple_of(per_host),
+                "block {} is a multiple of its unit",
+                block.name()
+            );
+            BlockMap::new(block.target_pages(), per_host)
         };
         PageMap { blocks: ram.blocks().map(block_map).collect(), pending: AtomicU64::new(0) }
     }
@@ -144,6 +166,33 @@ impl PageMap {
             }
         }
         new
+    }
+
+    /// The runs of pages of a block that are still to be sent, in ascending order. What other
+    /// threads claim or mark meanwhile may be in it or not.
+    pub fn runs(&self, block: BlockIndex) -> impl Iterator<Item = Range<u64>> {
+        let map = self.block(block);
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let start = map.next_set(from)?;
+            from = map.next_clear(start);
+            Some(start..from)
+        })
+    }
+
+    /// Every page of a run is to be sent; gives how many were not on the map already.
+    ///
+    /// # Panics
+    /// When the run is not inside the block.
+    pub fn mark_run(&self, block: BlockIndex, run: Range<u64>) -> u64 {
+        assert!(run.end <= self.block(block).pages, "{run:?} is outside its block");
+        words(run.clone()).map(|word| self.add(block, word, mask(&run, word))).sum()
+    }
+
+    /// What is not split in this block.
+    pub fn unit(&self, block: BlockIndex) -> PageSize {
+        let pages = usize::try_from(self.block(block).per_host).expect("a page fits in memory");
+        PageSize::new(pages * TARGET_PAGE.bytes()).expect("units are page sizes")
     }
 
     /// A walk over the whole map.
@@ -339,6 +388,20 @@ impl BlockMap {
             mask = u64::MAX;
         }
         None
+    }
+
+    /// The first page from `page` on that is not set, or the end of the block.
+    fn next_clear(&self, page: u64) -> u64 {
+        let from = usize::try_from(page / 64).expect("RAM fits in memory");
+        let mut mask = u64::MAX << (page % 64);
+        for (word, bits) in self.to_send.iter().enumerate().skip(from) {
+            let bits = !bits.load(Ordering::Relaxed) & mask;
+            if bits != 0 {
+                return (word as u64 * 64 + u64::from(bits.trailing_zeros())).min(self.pages);
+            }
+            mask = u64::MAX;
+        }
+        self.pages
     }
 
     /// The bits of a word that stand for pages.

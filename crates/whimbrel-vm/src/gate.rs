@@ -139,6 +139,11 @@ impl Gate {
         state.wish != Wish::Run && state.held == self.vcpus
     }
 
+    /// Whether the vCPU threads are to end: what a guest finds now concerns nobody any more.
+    pub(crate) fn quitting(&self) -> bool {
+        self.lock().wish == Wish::Quit
+    }
+
     /// Ends the vCPU threads, which are still to be kicked.
     pub(crate) fn quit(&self) {
         let mut state = self.lock();

@@ -92,7 +92,7 @@ impl NativeMachine {
     }
 
     /// One update of one page, checked before: what the loop in the KVM guest's code does.
-    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page) {
+    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page, gate: &Gate) {
         let layout = Arc::clone(&cpu.layout);
         let own = layout.cpu_page(cpu.id);
         let index = self.choose(cpu, constants);
@@ -104,13 +104,13 @@ impl NativeMachine {
         let (expected, found) = (cpu.registers.updates, self.load(own + cpu_page::UPDATES));
         if expected != found {
             let kind = MismatchKind::Updates;
-            self.report(cpu, number, Mismatch { kind, expected, found });
+            self.report(cpu, number, Mismatch { kind, expected, found }, gate);
         }
         let count = self.load(counted_at);
         let block = self.ram.block(RAM);
         block.read(offset, &mut page.0).expect("inside the memory, as laid out");
         if let Err(mismatch) = page.check(seed, number, count) {
-            self.report(cpu, number, mismatch);
+            self.report(cpu, number, mismatch, gate);
         }
         self.store(own + cpu_page::CHECKED, self.load(own + cpu_page::CHECKED).wrapping_add(1));
 
@@ -154,7 +154,11 @@ impl NativeMachine {
     }
 
     /// Counts an error, and keeps and prints the first.
-    fn report(&self, cpu: &Cpu, page: u64, mismatch: Mismatch) {
+    fn report(&self, cpu: &Cpu, page: u64, mismatch: Mismatch, gate: &Gate) {
+        if gate.quitting() {
+            // A page it waited for may have been given up.
+            return;
+        }
         let own = cpu.layout.cpu_page(cpu.id);
         let errors = self.load(own + cpu_page::ERRORS);
         if errors == 0 {
@@ -196,7 +200,7 @@ impl Machine for NativeMachine {
         let mut pace = Pace::start();
         let mut page = Page::zeroed();
         while !gate.recalled() {
-            self.update(&mut cpu, constants, &mut page);
+            self.update(&mut cpu, constants, &mut page, gate);
             pace.updated(&self.gaps[id as usize], workload.rate, gate);
         }
         Ok(())

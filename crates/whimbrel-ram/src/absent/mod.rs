@@ -19,7 +19,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::uffd::{Faults, Userfaultfd, feature};
-use crate::{BlockIndex, GuestRam, PageSize, Received};
+use crate::{BlockIndex, GuestRam, PageSize, RamBlock, Received};
 
 pub use fault::Fault;
 use place::Zeros;
@@ -92,6 +92,11 @@ impl AbsentRam {
     /// the block is split.
     pub fn unit(&self, block: BlockIndex) -> PageSize {
         self.regions[block.index()].unit
+    }
+
+    /// Whether a block can be placed in pieces of 4 KiB ([`Split::Small`]).
+    pub fn takes_small_pieces(block: &RamBlock) -> bool {
+        block.host_page_size() == crate::TARGET_PAGE
     }
 
     /// Which pages have arrived.
