@@ -29,6 +29,7 @@ fn restoring_huge_pages_loses_no_write() {
     let (index, block) = ram.blocks().next().unwrap();
     let absent = AbsentRam::watch(&ram, Arc::new(Received::new(&ram)), Split::Small).unwrap();
     assert_eq!(absent.unit(index), PageSize::SIZE_4K);
+    assert!(AbsentRam::takes_small_pieces(block));
     let (stop, placed) = (AtomicBool::new(false), AtomicBool::new(false));
     // Each writer has a word of its own in each page.
     let write = |writer: u64| {
@@ -99,4 +100,5 @@ fn private_huge_pages_stay_whole() {
     let (index, _) = ram.blocks().next().unwrap();
     let absent = AbsentRam::watch(&ram, Arc::new(Received::new(&ram)), Split::Small).unwrap();
     assert_eq!(absent.unit(index), PageSize::SIZE_2M);
+    assert!(!AbsentRam::takes_small_pieces(ram.block(index)));
 }
