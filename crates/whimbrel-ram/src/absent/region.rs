@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use super::named;
-use super::split::{Huge, Restoring};
+use super::split::{Huge, Restoring, takes_small_pieces};
 use crate::backing::Backing;
 use crate::bitmap::AtomicBitmap;
 use crate::uffd::{self, Span, Userfaultfd};
@@ -48,13 +48,14 @@ impl Region {
         advise_huge_pages(block, false);
         let missing = missing(index, block, received);
         let take_out = || missing.iter().try_for_each(|run| discard(block, run));
-        let huge = match split {
-            Some(restoring) => {
-                take_out().and_then(|()| Huge::split(uffd, block, &missing, restoring))
-            }
-            None => Ok(None),
+        let huge = match split.filter(|_| takes_small_pieces(block)) {
+            Some(restoring) => Some(
+                take_out()
+                    .and_then(|()| Huge::split(uffd, block, &missing, restoring))
+                    .map_err(cannot)?,
+            ),
+            None => None,
         };
-        let huge = huge.map_err(cannot)?;
         let (kind, unit) = match huge {
             Some(_) => (Kind::Anonymous, TARGET_PAGE),
             None => (kind, block.host_page_size()),

@@ -82,20 +82,28 @@ impl Restoring {
     }
 }
 
+/// Whether the host pages of a block are filled in small pieces, if that is wanted.
+pub(super) fn takes_small_pieces(block: &RamBlock) -> bool {
+    block.host_page_size() > TARGET_PAGE && matches!(block.backing(), Backing::Shared { .. })
+}
+
 impl Huge {
     /// Puts ordinary memory in the place of `missing` target pages (whole host pages, taken out
-    /// already) and watches it. `None` where that cannot be.
+    /// already) and watches it.
     pub(super) fn split(
         uffd: &Userfaultfd,
         block: &RamBlock,
         missing: &[Range<u64>],
         restoring: &Restoring,
-    ) -> io::Result<Option<Huge>> {
+    ) -> io::Result<Huge> {
         let page = block.host_page_size();
-        let Backing::Shared { .. } = block.backing() else { return Ok(None) };
-        let small = page == TARGET_PAGE || missing.is_empty();
-        if small || !restoring.may_map(missing.len() as u64) {
-            return Ok(None);
+        if !restoring.may_map(missing.len() as u64) {
+            let text = format!(
+                "they are in {} places (raise sysctl vm.max_map_count above {})",
+                missing.len(),
+                missing.len() as u64 * MAPPINGS_EACH * 2,
+            );
+            return Err(io::Error::new(io::ErrorKind::OutOfMemory, text));
         }
         let count = block.len() / page.bytes() as u64;
         let huge = Huge {
@@ -112,7 +120,7 @@ impl Huge {
             uffd.register(span, uffd::MISSING | uffd::WRITE_PROTECT)?;
             huge.small.set(run.start / each..run.end / each);
         }
-        Ok(Some(huge))
+        Ok(huge)
     }
 
     fn bytes(&self) -> u64 {
@@ -237,10 +245,8 @@ impl AbsentRam {
     pub(super) fn restore_all(&self, block: &RamBlock, region: &Region) -> io::Result<()> {
         let Some(huge) = &region.huge else { return Ok(()) };
         let count = block.len() / huge.bytes();
-        for number in 0..count {
-            if huge.small.contains(number) {
-                huge.gather(&self.uffd, region, number)?;
-            }
+        for number in (0..count).filter(|&number| huge.small.contains(number)) {
+            huge.gather(&self.uffd, region, number)?;
         }
         map_file(block, 0, block.len())?;
         huge.small.clear(0..count);

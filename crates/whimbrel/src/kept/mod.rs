@@ -3,6 +3,7 @@
 //! The file is QEMU's own mapped-ram format, in which every page has a fixed place: a stock QEMU
 //! of 9.0 or later starts from it by itself.
 
+mod by_postcopy;
 mod keeper;
 mod layout;
 mod open;
@@ -13,6 +14,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+pub use by_postcopy::ByPostcopy;
 pub use open::KeptVm;
 pub use touch::Touch;
 
