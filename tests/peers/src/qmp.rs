@@ -21,6 +21,8 @@ pub struct Event {
     pub name: String,
     /// What belongs to it; null if nothing.
     pub data: Value,
+    /// When it happened, by the sender's clock: since 1970.
+    pub at: Duration,
 }
 
 /// A connection in command mode.
@@ -75,19 +77,33 @@ impl Qmp {
     pub fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Event> {
         let begun = Instant::now();
         loop {
-            while let Some(event) = self.events.pop_front() {
-                if event.name == name {
-                    return Ok(event);
-                }
+            let left = limit.saturating_sub(begun.elapsed());
+            let event =
+                self.next_event(left).with_context(|| format!("waiting for the event {name}"))?;
+            if event.name == name {
+                return Ok(event);
+            }
+        }
+    }
+
+    /// The next event, whatever it is.
+    ///
+    /// # Errors
+    /// None came within `limit`.
+    pub fn next_event(&mut self, limit: Duration) -> Result<Event> {
+        let begun = Instant::now();
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
             }
             let left = limit.saturating_sub(begun.elapsed());
             if left.is_zero() {
-                bail!("waited {} s in vain for the event {name}", limit.as_secs());
+                bail!("no event in {} s", limit.as_secs());
             }
             self.reader.get_ref().set_read_timeout(Some(left))?;
             let read = self.read();
             self.reader.get_ref().set_read_timeout(Some(ANSWER_MAX))?;
-            let mut message = read.with_context(|| format!("waiting for the event {name}"))?;
+            let mut message = read?;
             self.keep_event(&mut message);
         }
     }
@@ -147,7 +163,10 @@ impl Qmp {
     fn keep_event(&mut self, message: &mut Value) {
         if let Some(name) = message["event"].as_str() {
             let name = name.to_owned();
-            self.events.push_back(Event { name, data: message["data"].take() });
+            let stamp = |part: &str| message["timestamp"][part].as_u64().unwrap_or_default();
+            let at = Duration::from_secs(stamp("seconds"))
+                + Duration::from_micros(stamp("microseconds"));
+            self.events.push_back(Event { name, data: message["data"].take(), at });
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::json;
-use whimbrel_peers::install::Peer;
+use whimbrel_peers::install::{Peer, install};
 use whimbrel_peers::qmp::Qmp;
 use whimbrel_peers::wait;
 
@@ -87,7 +87,20 @@ pub(crate) enum Qemu {
 }
 
 impl Qemu {
-    fn command(&self) -> Result<Command> {
+    /// The user's own, or the newest one that can be fetched.
+    pub(crate) fn find(workspace: &Workspace, given: Option<&Path>) -> Result<Self> {
+        if let Some(path) = given {
+            return Ok(Self::Given(path.canonicalize().context(path.display().to_string())?));
+        }
+        let folder = workspace.target("peers");
+        let missing = install(&folder);
+        if let Some((_, why)) = missing.peers.iter().find(|(peer, _)| *peer == Peer::V10_0) {
+            bail!("no QEMU to measure against ({why}): name one with --qemu PATH");
+        }
+        Ok(Self::Fetched { peer: Peer::V10_0, folder })
+    }
+
+    pub(crate) fn command(&self) -> Result<Command> {
         match self {
             Self::Fetched { peer, folder } => peer.command_in(folder),
             Self::Given(path) => Ok(Command::new(path)),
@@ -222,13 +235,14 @@ impl Contender {
 }
 
 /// One process of the two. Dropped, it is killed.
-struct Side {
+pub(crate) struct Side {
     child: Child,
-    qmp: Qmp,
+    pub(crate) qmp: Qmp,
 }
 
 impl Side {
-    fn start(
+    /// Starts it, with the argument for its control socket added.
+    pub(crate) fn start(
         mut command: Command,
         files: &Path,
         qmp_argument: impl FnOnce(&Path) -> String,
@@ -260,7 +274,8 @@ impl Side {
         }
     }
 
-    fn cpu(&self) -> Result<f64> {
+    /// Its processor time so far.
+    pub(crate) fn cpu(&self) -> Result<f64> {
         cpu_seconds(self.child.id())
     }
 }
@@ -315,13 +330,13 @@ pub(crate) fn content_file(folder: &Path, memory: Memory) -> Result<PathBuf> {
 }
 
 /// The whimbrel of this workspace, built as users run it.
-pub(crate) fn whimbrel(workspace: &Workspace) -> Result<Contender> {
+pub(crate) fn whimbrel(workspace: &Workspace) -> Result<PathBuf> {
     let status = workspace
         .cargo()
         .args(["build", "--quiet", "--release", "--locked", "--package", "whimbrel-cli"])
         .status()?;
     ensure!(status.success(), "the whimbrel command does not build");
-    Ok(Contender::Whimbrel { binary: workspace.target("release/whimbrel") })
+    Ok(workspace.target("release/whimbrel"))
 }
 
 #[cfg(test)]

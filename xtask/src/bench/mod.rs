@@ -6,25 +6,39 @@ use anyhow::Result;
 use crate::workspace::Workspace;
 
 mod contender;
+mod host_memory;
 mod plain;
+mod postcopy;
 mod precopy;
 mod rates;
 mod sample;
+mod scratch;
 
 /// What to measure.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Bench {
     /// One channel of precopy over loopback: ours, QEMU's, and a plain send and receive
     Precopy(precopy::Args),
+    /// Postcopy over slow links, from and to ours and QEMU: what its faults wait (needs root)
+    Postcopy(postcopy::Args),
     /// One end of the plain transfer: a process of its own, so that its processor time is
     #[command(hide = true)]
     PlainEnd(plain::Args),
+    /// One end of an idle link
+    #[command(hide = true)]
+    RoundTripEnd(postcopy::idle::Args),
+    /// Undoes what a bench has made, when the bench is gone
+    #[command(hide = true)]
+    Janitor,
 }
 
 /// Measures. Says whether every run succeeded.
 pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
     match which {
         Bench::Precopy(args) => precopy::run(workspace, args),
+        Bench::Postcopy(args) => postcopy::run(workspace, args),
         Bench::PlainEnd(args) => plain::run(args),
+        Bench::RoundTripEnd(args) => postcopy::idle::run(args),
+        Bench::Janitor => postcopy::janitor::run(),
     }
 }

@@ -84,23 +84,24 @@ pub(crate) fn sample(memory: Memory) -> Result<Sample> {
     })
 }
 
-/// A process of the transfer. Dropped, it is killed.
-struct End {
+/// A process of this program that says what it measured. Dropped, it is killed.
+pub(super) struct End {
     child: Child,
     lines: BufReader<std::process::ChildStdout>,
 }
 
 impl End {
-    fn start(command: &mut Command) -> Result<Self> {
+    pub(super) fn start(command: &mut Command) -> Result<Self> {
         let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("its output is piped")?);
         Ok(Self { child, lines })
     }
 
-    fn said(&mut self) -> Result<Value> {
+    /// The next line that it says.
+    pub(super) fn said(&mut self) -> Result<Value> {
         let mut line = String::new();
         self.lines.read_line(&mut line)?;
-        ensure!(!line.is_empty(), "an end of the plain transfer died");
+        ensure!(!line.is_empty(), "an end of a plain connection died");
         Ok(serde_json::from_str(&line)?)
     }
 }

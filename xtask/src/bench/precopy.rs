@@ -3,14 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
-use whimbrel_peers::install::{Peer, install};
-use whimbrel_ram::RamBlock;
 
 use super::contender::{Contender, Memory, Qemu, Scenario, content_file, whimbrel};
-use super::sample::{Row, Sample, keep, table};
-use super::{plain, rates};
+use super::sample::{Row, Sample, keep, machine, table};
+use super::scratch::Scratch;
+use super::{host_memory, plain, rates};
 use crate::workspace::Workspace;
 
 /// What to measure against what.
@@ -68,7 +67,10 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
             }
         }
     }
-    println!("kept in {}", keep(workspace, "precopy", about, &rows)?.display());
+    println!(
+        "kept in {}",
+        keep(workspace, "precopy", about, rows.iter().map(Row::json).collect())?.display()
+    );
     Ok(whole)
 }
 
@@ -110,7 +112,7 @@ fn measure(
         for ((name, sample), row) in order {
             if scenario.incompressible && !scenario.preallocated {
                 // For a source that fills its memory, a destination, and what a kernel keeps back.
-                if let Err(error) = take_memory_from_the_host(args.memory.bytes() * 6) {
+                if let Err(error) = host_memory::take(args.memory.bytes() * 6) {
                     println!("memory is as it comes: {error:#}");
                 }
             }
@@ -133,18 +135,6 @@ fn measure(
     whole
 }
 
-/// Touches so much memory and frees it at once. Where this machine is a guest itself, memory that
-/// is free for some seconds goes back to the host, and its next first touch costs ten times as
-/// much: whoever happens to pay that would be measured for it.
-/// Half of it in huge folios and half in single pages, since either is taken from lists of its own.
-fn take_memory_from_the_host(bytes: u64) -> Result<()> {
-    let half = bytes / 2;
-    let folios = RamBlock::anonymous("folios", 0, half)?;
-    folios.populate(0, half)?;
-    std::hint::black_box(vec![1_u8; usize::try_from(half).unwrap_or(usize::MAX)]);
-    Ok(())
-}
-
 impl Args {
     fn leaves_out(&self, who: &str) -> bool {
         self.without.iter().any(|without| without == who)
@@ -159,21 +149,10 @@ fn contenders(workspace: &Workspace, args: &Args) -> Result<Vec<Contender>> {
     }
     let mut contenders = Vec::new();
     if !args.leaves_out("whimbrel") {
-        contenders.push(whimbrel(workspace)?);
+        contenders.push(Contender::Whimbrel { binary: whimbrel(workspace)? });
     }
     if !args.leaves_out("qemu") {
-        let qemu = match &args.qemu {
-            Some(path) => Qemu::Given(path.canonicalize().context(path.display().to_string())?),
-            None => {
-                let folder = workspace.target("peers");
-                let missing = install(&folder);
-                if let Some((_, why)) = missing.peers.iter().find(|(peer, _)| *peer == Peer::V10_0)
-                {
-                    bail!("no QEMU to measure against ({why}): --qemu PATH or --without qemu");
-                }
-                Qemu::Fetched { peer: Peer::V10_0, folder }
-            }
-        };
+        let qemu = Qemu::find(workspace, args.qemu.as_deref())?;
         let version = qemu.version()?;
         contenders.push(Contender::Qemu { qemu, version });
     }
@@ -182,45 +161,8 @@ fn contenders(workspace: &Workspace, args: &Args) -> Result<Vec<Contender>> {
 
 /// What the numbers mean nothing without.
 fn about(args: &Args) -> Map<String, Value> {
-    let first = |path: &str, name: &str| {
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
-        line.split_once(':').map_or(line, |(_, value)| value).trim().to_owned()
-    };
-    let processors = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
-    let about = json!({
-        "memory-bytes": args.memory.bytes(),
-        "runs": args.runs,
-        "processor": first("/proc/cpuinfo", "model name"),
-        "processors": processors,
-        "kernel": first("/proc/sys/kernel/osrelease", ""),
-    });
-    match about {
-        Value::Object(about) => about,
-        _ => Map::new(),
-    }
-}
-
-/// A folder in memory, where there is one: what is read from it is never read from a disk.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Self> {
-        let memory = Path::new("/dev/shm");
-        let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-        let path = parent.join(format!("whimbrel-bench-{}", std::process::id()));
-        std::fs::create_dir(&path).with_context(|| path.display().to_string())?;
-        Ok(Self(path))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Best effort: it lies where the system keeps nothing over a restart.
-        let _ = std::fs::remove_dir_all(&self.0);
-    }
+    let mut about = machine();
+    about.insert("memory-bytes".to_owned(), json!(args.memory.bytes()));
+    about.insert("runs".to_owned(), json!(args.runs));
+    about
 }

@@ -55,7 +55,7 @@ impl Spread {
         format!("{:.2} ({:.2}..{:.2})", self.median, self.least, self.greatest)
     }
 
-    fn json(self) -> Value {
+    pub(crate) fn json(self) -> Value {
         json!({ "median": self.median, "min": self.least, "max": self.greatest })
     }
 }
@@ -73,7 +73,7 @@ impl Row {
         Spread::of(self.samples.iter().map(|sample| sample.destination_cpu_per_gib))
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let samples: Vec<Value> = self
             .samples
             .iter()
@@ -125,19 +125,37 @@ pub(crate) fn table(rows: &[Row], baseline: &str) -> String {
     text
 }
 
+/// The machine, without which no figure means anything.
+pub(crate) fn machine() -> Map<String, Value> {
+    let first = |path: &str, name: &str| {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_default();
+        line.split_once(':').map_or(line, |(_, value)| value).trim().to_owned()
+    };
+    let processors = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    [
+        ("processor", json!(first("/proc/cpuinfo", "model name"))),
+        ("processors", json!(processors)),
+        ("kernel", json!(first("/proc/sys/kernel/osrelease", ""))),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
+
 /// Keeps everything below the target directory; says where.
 pub(crate) fn keep(
     workspace: &Workspace,
     name: &str,
     about: Map<String, Value>,
-    rows: &[Row],
+    rows: Vec<Value>,
 ) -> Result<PathBuf> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let path = workspace.target(&format!("bench/{name}-{seconds}.json"));
     let folder = path.parent().context("a file lies in a folder")?;
     fs::create_dir_all(folder)?;
     let mut document = about;
-    document.insert("rows".to_owned(), rows.iter().map(Row::json).collect());
+    document.insert("rows".to_owned(), Value::Array(rows));
     fs::write(&path, format!("{:#}\n", Value::Object(document)))?;
     Ok(path)
 }

@@ -5,10 +5,12 @@
 
 mod downtime;
 mod pace;
+mod share;
 mod throttle;
-#[cfg_attr(not(test), expect(dead_code, reason = "the source's postcopy will ask it"))]
 mod window;
 
 pub(crate) use downtime::{Convergence, Next};
 pub(crate) use pace::Pace;
+pub(crate) use share::Share;
 pub(crate) use throttle::Throttle;
+pub(crate) use window::{Outflow, Window};

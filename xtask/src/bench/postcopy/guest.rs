@@ -1,0 +1,126 @@
+//! The two guests: the command lines they are started with, and how a QEMU's is read.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use serde_json::json;
+use whimbrel_peers::qmp::Qmp;
+use whimbrel_peers::wait;
+
+use super::clock::{RECORD_BYTES, Rate, Record};
+use super::pair::Pages;
+use super::writer::{RECORD_AT, Writer};
+use crate::bench::contender::{Memory, Qemu};
+
+/// From power on to random stores: the firmware, and filling the memory, without KVM.
+const FILL_MAX: Duration = Duration::from_secs(120);
+/// How far two looks at the guest's clock are apart, to know its rate to a thousandth.
+const CLOCK_APART: Duration = Duration::from_secs(1);
+
+/// The guest of the bench, in the shape of a QEMU's.
+#[derive(Debug)]
+pub(super) struct QemuGuest {
+    qemu: Qemu,
+    memory: Memory,
+    /// Where its images are.
+    folder: PathBuf,
+    /// Where QEMU puts pieces of guest memory.
+    piece: PathBuf,
+}
+
+/// What is known of a running guest before it moves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Settled {
+    pub(super) rate: Rate,
+    /// How many touches a second are as slow as a fault while there is no migration.
+    pub(super) stray_per_s: f64,
+}
+
+impl QemuGuest {
+    /// Writes the guest's images into this folder.
+    pub(super) fn new(qemu: Qemu, memory: Memory, writer: Writer, folder: &Path) -> Result<Self> {
+        let guest = Self { qemu, memory, folder: folder.to_owned(), piece: folder.join("piece") };
+        for pages in [Pages::Small, Pages::Huge] {
+            let image = guest.image(pages);
+            let written = fs::write(&image, writer.image(pages));
+            written.with_context(|| image.display().to_string())?;
+        }
+        Ok(guest)
+    }
+
+    fn image(&self, pages: Pages) -> PathBuf {
+        self.folder.join(format!("writer-{}", pages.name()))
+    }
+
+    /// A QEMU that boots it, or waits for it.
+    pub(super) fn command(&self, pages: Pages, incoming: bool) -> Result<Command> {
+        let bytes = self.memory.bytes();
+        let backend = match pages {
+            Pages::Small => format!("memory-backend-ram,id=ram,size={bytes}"),
+            Pages::Huge => {
+                format!("memory-backend-memfd,id=ram,size={bytes},hugetlb=on,hugetlbsize=2M")
+            }
+        };
+        let mut command = self.qemu.command()?;
+        command
+            .args(["-accel", "tcg", "-machine", "q35,memory-backend=ram", "-nodefaults"])
+            .args(["-no-user-config", "-display", "none", "-m", &self.memory.argument()])
+            .args(["-object", &backend, "-kernel"])
+            .arg(self.image(pages));
+        if incoming {
+            command.args(["-incoming", "defer"]);
+        }
+        command.arg("-qmp");
+        Ok(command)
+    }
+
+    /// Waits until the guest writes at random, and gets to know its clock.
+    pub(super) fn settle(&self, qmp: &mut Qmp) -> Result<Settled> {
+        let (begun, first) = wait::until("the guest to fill its memory", FILL_MAX, || {
+            let at = Instant::now();
+            Ok(self.record(qmp)?.map(|record| (at, record)))
+        })?;
+        std::thread::sleep(CLOCK_APART);
+        let apart = begun.elapsed();
+        let later = self.whole_record(qmp)?;
+        let rate = later.rate(&first, apart)?;
+        let stray = u32::try_from(later.stray(&first, rate)?)?;
+        let stray_per_s = f64::from(stray) / apart.as_secs_f64();
+        Ok(Settled { rate, stray_per_s })
+    }
+
+    /// The record of a guest that has long been ready.
+    pub(super) fn whole_record(&self, qmp: &mut Qmp) -> Result<Record> {
+        self.record(qmp)?.context("the guest's record is gone: its memory is not what it was")
+    }
+
+    fn record(&self, qmp: &mut Qmp) -> Result<Option<Record>> {
+        let arguments = json!({ "val": RECORD_AT, "size": RECORD_BYTES, "filename": self.piece });
+        qmp.execute("pmemsave", &arguments)?;
+        Record::parse(&fs::read(&self.piece)?)
+    }
+}
+
+/// The reference VM with a workload that does the same.
+pub(super) fn whimbrel_command(
+    binary: &Path,
+    memory: Memory,
+    writer: Writer,
+    pages: Pages,
+    incoming: bool,
+) -> Command {
+    let mut command = Command::new(binary);
+    let workload = format!("uniform,rate=0,working-set={}M", writer.working_set_mib());
+    command
+        .args(["vm", "--accel", "native", "--vcpus", "1", "--serial", "none"])
+        .args(["--memory", &memory.argument(), "--page-size", pages.name()])
+        .args(["--workload", &workload]);
+    if incoming {
+        command.args(["--incoming", "defer"]);
+    }
+    command.arg("--qmp");
+    command
+}
