@@ -15,7 +15,7 @@ pub(crate) const COMMAND: Duration = Duration::from_secs(10);
 /// Between two looks at a migration.
 const LOOK: Duration = Duration::from_millis(50);
 /// The same while every look is recorded, at the very least: more often would be a load.
-const LOOK_SOON: Duration = Duration::from_millis(2);
+const LOOK_SOON: Duration = Duration::from_millis(4);
 
 /// When to go over to postcopy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,7 +160,7 @@ impl Run<'_> {
     /// A look costs both sides a little: the longer it takes, the fewer a second.
     fn next_look(&self, after: Duration) -> Duration {
         match self.record {
-            Some(_) => (after / 100).clamp(LOOK_SOON, LOOK),
+            Some(_) => (after / 50).clamp(LOOK_SOON, LOOK),
             None => LOOK,
         }
     }

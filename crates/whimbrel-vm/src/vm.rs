@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use whimbrel::{DeviceState, Vm, VmError};
 use whimbrel_ram::GuestRam;
@@ -129,12 +130,10 @@ impl ReferenceVm {
         Progress::of(&self.gaps)
     }
 
-    /// Tells the vCPUs to end for good, and does not wait for it. One that waits for a page that
-    /// is missing ends when the page comes, or when nobody holds it back any more; dropping the VM
-    /// waits for that.
-    pub fn halt(&self) {
-        self.vcpus.gate().quit();
-        self.vcpus.kick();
+    /// Tells the vCPUs to end for good, waits for that as long as `limit`, and gives how many have
+    /// not: they wait for pages that are missing. Dropping the VM would wait for them, too.
+    pub fn halt(&self, limit: Duration) -> usize {
+        self.vcpus.end(limit)
     }
 
     /// Forgets the longest gap between updates so far, to measure another.

@@ -17,6 +17,7 @@ use self::pair::{Link, Mode, Pages, Pair, Scenario};
 use self::stage::Stage;
 use self::writer::Writer;
 use super::contender::{Memory, Qemu, whimbrel};
+use super::host_memory;
 use super::sample::{keep, machine};
 use super::scratch::Scratch;
 use crate::workspace::Workspace;
@@ -97,6 +98,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
     if args.pages.contains(&Pages::Huge) {
         // On both sides.
         janitor.keep_huge_pages(u32::try_from(args.memory.bytes() >> 21)? * 2)?;
+        host_memory::take_huge(args.memory.bytes() * 2)?;
     }
     let qemu =
         qemu.map(|qemu| QemuGuest::new(qemu, args.memory, writer, folder.path())).transpose()?;
@@ -185,6 +187,9 @@ fn measure(
             order.reverse();
         }
         for ((pair, name), row) in order {
+            if let Err(error) = host_memory::take(stage.memory.bytes() * 4) {
+                println!("memory is as it comes: {error:#}");
+            }
             match stage.run(*pair, scenario, network) {
                 Ok(figures) => {
                     eprintln!("{scenario} {run}/{runs}: {name}: {}", line(&figures));
