@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod demo;
+mod drive;
 mod failure;
 mod inspect;
 mod migrate;

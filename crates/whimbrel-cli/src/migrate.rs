@@ -1,20 +1,14 @@
 //! `whimbrel migrate`: drive a migration between two QMP sockets.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::Args;
-use serde_json::{Value, json};
-use whimbrel::MigrationInfo;
+use serde_json::json;
 use whimbrel_control::{Client, Endpoint};
 use whimbrel_vm::parse_size;
 
+use crate::drive::{After, COMMAND, Ended, Run, allow_postcopy};
 use crate::failure::Failure;
-use crate::progress::{Shown, describe};
-
-/// How long a QMP command may take.
-pub(crate) const COMMAND: Duration = Duration::from_secs(10);
-/// Between two looks at a migration.
-const LOOK: Duration = Duration::from_millis(50);
 
 /// Drive a migration between two QMP sockets.
 #[derive(Debug, Args)]
@@ -35,6 +29,15 @@ pub(crate) struct Migrate {
     /// Do not slow down a guest that dirties memory faster than the link
     #[arg(long)]
     no_auto_converge: bool,
+    /// Let the guest run at the destination before all of its RAM is there
+    #[arg(long)]
+    postcopy: bool,
+    /// With --postcopy: give the pages that the guest waits for a connection of their own
+    #[arg(long, requires = "postcopy")]
+    preempt: bool,
+    /// With --postcopy: so many ms after the start, or when every page has been sent once
+    #[arg(long, requires = "postcopy", default_value_t = After::FirstPass, value_name = "MS|first-pass")]
+    postcopy_after: After,
     /// Give up after so many seconds
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -47,142 +50,62 @@ impl Migrate {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let mut from = Client::connect(self.from.clone(), COMMAND)?;
         let mut to = Client::connect(self.to.clone(), COMMAND)?;
-        let mut run =
-            Run { from: &mut from, to: &mut to, timeout: self.timeout.map(Duration::from_secs) };
-        run.from.set_capability_named("return-path", true)?;
-        run.from.set_capability_named("auto-converge", !self.no_auto_converge)?;
+        if self.postcopy {
+            allow_postcopy(&mut from, self.preempt)?;
+            allow_postcopy(&mut to, self.preempt)?;
+        } else {
+            from.set_capability_named("return-path", true)?;
+        }
+        from.set_capability_named("auto-converge", !self.no_auto_converge)?;
         let mut parameters = json!({});
         if let Some(bandwidth) = self.bandwidth {
             parameters["max-bandwidth"] = bandwidth.into();
+            if self.postcopy {
+                parameters["max-postcopy-bandwidth"] = bandwidth.into();
+            }
         }
         if let Some(limit) = self.downtime_limit {
             parameters["downtime-limit"] = limit.into();
         }
-        run.from.set_parameters(parameters)?;
-        let report = run.go(&self.via)?;
-        if self.json {
-            println!("{report}");
-        } else {
-            let ms = |name: &str| report[name].as_u64().unwrap_or(0);
-            println!(
-                "migrated {} to {}: {} ms, downtime {} ms",
-                self.from,
-                self.to,
-                ms("total-time"),
-                ms("downtime")
-            );
-        }
+        from.set_parameters(parameters)?;
+        let mut run = Run {
+            from: &mut from,
+            to: &mut to,
+            timeout: self.timeout.map(Duration::from_secs),
+            postcopy: self.postcopy.then_some(self.postcopy_after),
+            record: None,
+        };
+        let ended = run.go(&self.via)?;
+        self.tell(&ended);
         Ok(())
     }
-}
 
-/// A migration between two VMs, seen through their QMP.
-#[derive(Debug)]
-pub(crate) struct Run<'c> {
-    pub(crate) from: &'c mut Client,
-    pub(crate) to: &'c mut Client,
-    pub(crate) timeout: Option<Duration>,
-}
-
-impl Run<'_> {
-    /// Has the destination listen, the source migrate, and waits for the end on both sides.
-    /// Gives the source's `query-migrate`.
-    pub(crate) fn go(&mut self, via: &str) -> Result<Value, Failure> {
-        self.to.migrate_incoming(via)?;
-        let address = self.listening(via)?;
-        self.from.migrate(&address)?;
-        let mut shown = Shown::new();
-        let ended = self.watch(&mut shown);
-        shown.clear();
-        ended
-    }
-
-    /// Where the destination really listens.
-    fn listening(&mut self, via: &str) -> Result<String, Failure> {
-        let report = self.to.query_migrate()?;
-        let first = &report.raw["socket-address"][0];
-        match (first["host"].as_str(), first["port"].as_str()) {
-            (Some(host), Some(port)) if host.contains(':') => Ok(format!("tcp:[{host}]:{port}")),
-            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-            _ => Ok(via.into()),
-        }
-    }
-
-    fn watch(&mut self, shown: &mut Shown) -> Result<Value, Failure> {
-        let started = Instant::now();
-        let mut looks = 0u32;
-        loop {
-            let report = self.from.query_migrate()?;
-            let status = report.raw["status"].as_str().unwrap_or("none").to_owned();
-            match status.as_str() {
-                "completed" => {
-                    self.arrived()?;
-                    return Ok(report.raw);
-                }
-                "failed" | "cancelled" => return Err(self.failed(&status, &report.raw)),
-                _ => {}
+    fn tell(&self, ended: &Ended) {
+        let Ended { source, destination } = ended;
+        if self.json {
+            let mut report = source.raw.clone();
+            if self.postcopy {
+                // What it has to tell of faults only the destination knows.
+                report["x-destination"] = destination.raw.clone();
             }
-            if self.timeout.is_some_and(|limit| started.elapsed() > limit) {
-                return Err(self.give_up(&report.raw, started.elapsed()));
-            }
-            // Fewer lines where they are not redrawn in place: 'show' drops equal ones.
-            if looks.is_multiple_of(if shown.is_terminal() { 2 } else { 20 })
-                && let Ok(info) = serde_json::from_value::<MigrationInfo>(report.raw.clone())
-                && let Some(text) = describe(&info)
-            {
-                shown.show(&text);
-            }
-            looks += 1;
-            std::thread::sleep(LOOK);
+            return println!("{report}");
         }
-    }
-
-    /// The source is done: so is the destination in a moment.
-    fn arrived(&mut self) -> Result<(), Failure> {
-        let until = Instant::now() + COMMAND;
-        loop {
-            let report = self.to.query_migrate()?;
-            match report.raw["status"].as_str() {
-                Some("completed") => return Ok(()),
-                Some("failed") => return Err(self.failed("failed", &report.raw)),
-                status if Instant::now() > until => {
-                    let status = status.unwrap_or("none");
-                    return Err(Failure::new(format!(
-                        "{}: the source is done, and the destination is still {status}",
-                        self.to.endpoint()
-                    )));
-                }
-                _ => std::thread::sleep(LOOK),
-            }
+        let mut text = format!(
+            "migrated {} to {}: {} ms, downtime {} ms",
+            self.from,
+            self.to,
+            source.info.total_time.unwrap_or(0),
+            source.info.downtime.unwrap_or(0),
+        );
+        if self.postcopy {
+            let requests = source.info.ram.as_ref().map_or(0, |ram| ram.postcopy_requests);
+            text += &format!(", {requests} pages asked for in postcopy");
         }
-    }
-
-    fn failed(&mut self, status: &str, report: &Value) -> Failure {
-        let why = report["error-desc"].as_str().unwrap_or("see what the source says");
-        // A destination that ended with the error cannot be asked any more.
-        let there = self.to.query_migrate().ok();
-        let there = there.as_ref().and_then(|report| report.raw["error-desc"].as_str());
-        let there = there.map(|text| format!("; the destination says: {text}")).unwrap_or_default();
-        Failure::new(format!("the migration {status}: {why}{there}"))
-    }
-
-    /// It takes too long: undoes it, and says what stood in the way.
-    fn give_up(&mut self, report: &Value, after: Duration) -> Failure {
-        if let Err(error) = self.from.migrate_cancel() {
-            return error.into();
+        if let Some(faults) = &destination.info.faults {
+            text += &format!(", {:.0} us on average for each", faults.latency_us.mean);
+        } else if let Some(latency) = destination.info.postcopy_latency {
+            text += &format!(", {} us on average for each", latency / 1000);
         }
-        let number = |value: &Value| value.as_f64().unwrap_or(0.0);
-        let ram = &report["ram"];
-        let dirtied = number(&ram["dirty-pages-rate"]) * number(&ram["page-size"]) / 1e6;
-        let throttle = number(&report["cpu-throttle-percentage"]);
-        Failure::new(format!(
-            "not converged within {} s, cancelled: the guest dirties {dirtied:.1} MB/s (slowed by \
-             {throttle:.0} %), the link takes {:.1} MB/s and {:.1} MB were left, {} ms at that \
-             rate; allow more bandwidth or downtime",
-            after.as_secs(),
-            number(&ram["mbps"]) / 8.0,
-            number(&ram["remaining"]) / 1e6,
-            report["expected-downtime"].as_u64().unwrap_or(0),
-        ))
+        println!("{text}");
     }
 }

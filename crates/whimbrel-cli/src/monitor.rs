@@ -1,19 +1,26 @@
 //! QMP's commands for the reference VM: those of a migration, and a few of its own.
 
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
+use std::time::Duration;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use whimbrel::{Migrator, RunState};
 use whimbrel_control::{MigratorBackend, QmpError};
-use whimbrel_vm::ReferenceVm;
+use whimbrel_ram::{BlockDigest, GuestRam, RamBlock};
+use whimbrel_vm::{ReferenceVm, WritablePages};
 
 use crate::vm::End;
 
-/// Digests of every page of RAM, while the guest stands still.
+/// A digest of each block of RAM, while the guest stands still. With `file` one of each page, into a
+/// file of that name, block after block: 8 bytes each, the lowest first.
 pub(crate) const RAM_DIGEST: &str = "x-ram-digest";
 /// What the guest's checks of itself found.
 pub(crate) const SELF_CHECK: &str = "x-self-check";
+/// What the guest has done on this host, without a look at its memory.
+pub(crate) const GUEST_PROGRESS: &str = "x-guest-progress";
 /// What VM this is.
 pub(crate) const VM_INFO: &str = "x-vm-info";
 
@@ -23,17 +30,54 @@ pub(crate) fn backend(
     vm: &Arc<ReferenceVm>,
     end: Sender<End>,
 ) -> MigratorBackend {
-    let (for_digest, for_info) = (migrator.clone(), migrator.clone());
-    let (checked, described) = (vm.clone(), vm.clone());
+    let (for_digest, for_check, for_info) = (migrator.clone(), migrator.clone(), migrator.clone());
+    let (checked, watched, described) = (vm.clone(), vm.clone(), vm.clone());
     MigratorBackend::new(migrator.clone())
         // A receiver that is gone means that the end has begun.
         .on_quit(move || drop(end.send(End::Quit)))
-        .with_command(RAM_DIGEST, move |_| ram_digest(&for_digest))
-        .with_command(SELF_CHECK, move |_| Ok(self_check(&checked)))
-        .with_command(VM_INFO, move |_| Ok(vm_info(&for_info, &described)))
+        .with_command(RAM_DIGEST, move |arguments| ram_digest(&for_digest, arguments))
+        .with_command(SELF_CHECK, move |arguments| {
+            none_of(arguments, &[])?;
+            self_check(&for_check, &checked)
+        })
+        .with_command(GUEST_PROGRESS, move |arguments| {
+            none_of(arguments, &[])?;
+            Ok(guest_progress(&watched))
+        })
+        .with_command(VM_INFO, move |arguments| {
+            none_of(arguments, &[])?;
+            Ok(vm_info(&for_info, &described))
+        })
 }
 
-fn ram_digest(migrator: &Migrator) -> Result<Value, QmpError> {
+/// Refuses arguments that are not `known`.
+fn none_of(arguments: &Map<String, Value>, known: &[&str]) -> Result<(), QmpError> {
+    match arguments.keys().find(|name| !known.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => Err(QmpError::generic(format_args!("Parameter '{name}' is unexpected"))),
+    }
+}
+
+/// Refuses to look at memory of which a part may be elsewhere: it would have to be fetched, and
+/// may never come.
+fn refuse_in_postcopy(migrator: &Migrator) -> Result<(), QmpError> {
+    match migrator.info().status.filter(|status| status.is_postcopy()) {
+        None => Ok(()),
+        Some(status) => Err(QmpError::generic(format_args!(
+            "the migration is {status}, and pages of RAM may be missing: ask again when it is \
+             completed"
+        ))),
+    }
+}
+
+fn ram_digest(migrator: &Migrator, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+    none_of(arguments, &["file"])?;
+    let file = match arguments.get("file") {
+        None => None,
+        Some(Value::String(path)) => Some(path),
+        Some(_) => return Err(QmpError::generic("Parameter 'file' expects a string")),
+    };
+    refuse_in_postcopy(migrator)?;
     match migrator.run_state() {
         RunState::Running => {
             return Err(QmpError::generic("the guest runs: stop it first, its RAM changes"));
@@ -41,22 +85,55 @@ fn ram_digest(migrator: &Migrator) -> Result<Value, QmpError> {
         RunState::Inmigrate => return Err(QmpError::generic("the guest has not arrived yet")),
         _ => {}
     }
-    let block = |block: whimbrel_ram::BlockDigest| json!({ "name": block.name, "pages": block.pages, "digest": block.digest.to_string() });
-    let digests = migrator.vm().ram().digest();
-    Ok(json!({ "blocks": digests.into_iter().map(block).collect::<Vec<Value>>() }))
+    let ram = migrator.vm().ram();
+    let Some(path) = file else {
+        let block = |block: BlockDigest| json!({ "name": block.name, "pages": block.pages, "digest": block.digest.to_string() });
+        return Ok(
+            json!({ "blocks": ram.digest().into_iter().map(block).collect::<Vec<Value>>() }),
+        );
+    };
+    write_digests(ram, path)
+        .map_err(|error| QmpError::generic(format_args!("cannot write {path}: {error}")))?;
+    let block =
+        |(_, block): (_, &RamBlock)| json!({ "name": block.name(), "pages": block.target_pages() });
+    Ok(json!({ "blocks": ram.blocks().map(block).collect::<Vec<Value>>() }))
 }
 
-fn self_check(vm: &ReferenceVm) -> Value {
+fn write_digests(ram: &GuestRam, path: &str) -> io::Result<()> {
+    let mut out = BufWriter::new(File::create(path)?);
+    for (_, block) in ram.blocks() {
+        for digest in block.page_digests() {
+            out.write_all(&digest.to_le_bytes())?;
+        }
+    }
+    out.flush()
+}
+
+fn self_check(migrator: &Migrator, vm: &ReferenceVm) -> Result<Value, QmpError> {
+    refuse_in_postcopy(migrator)?;
     let check = vm.self_check();
-    json!({
+    Ok(json!({
         "passed": check.passed(),
         "updates": check.updates,
         "pages-checked": check.pages_checked,
         "errors": check.errors,
         "first-error": check.first_error.map(|error| error.to_string()),
-        "gap-max-us": u64::try_from(check.gap_max.as_micros()).unwrap_or(u64::MAX),
+        "gap-max-us": micros(check.gap_max),
+        "failure": vm.failure(),
+    }))
+}
+
+fn guest_progress(vm: &ReferenceVm) -> Value {
+    let progress = vm.progress();
+    json!({
+        "updates": progress.updates,
+        "gap-max-us": micros(progress.gap_max),
         "failure": vm.failure(),
     })
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn vm_info(migrator: &Migrator, vm: &ReferenceVm) -> Value {
@@ -67,5 +144,16 @@ fn vm_info(migrator: &Migrator, vm: &ReferenceVm) -> Value {
         "workload": vm.workload().to_string(),
         "memory-bytes": migrator.vm().ram().total_bytes(),
         "pid": std::process::id(),
+        "writable-pages": vm.writable_pages().iter().map(writable).collect::<Vec<Value>>(),
+    })
+}
+
+/// Pages that the guest writes; all others stay as they are.
+fn writable(range: &WritablePages) -> Value {
+    json!({
+        "kind": range.kind.name(),
+        "block": range.block,
+        "first": range.pages.start,
+        "pages": range.pages.end - range.pages.start,
     })
 }

@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use whimbrel::MigrationInfo;
 
@@ -25,8 +25,7 @@ impl Line {
         let (end, ended) = mpsc::channel();
         let thread = thread::Builder::new().name("progress".into()).spawn(move || {
             let mut shown = Shown::new();
-            let period = if shown.terminal { REDRAW } else { PLAIN };
-            while ended.recv_timeout(period) == Err(RecvTimeoutError::Timeout) {
+            while ended.recv_timeout(shown.period()) == Err(RecvTimeoutError::Timeout) {
                 if let Some(text) = now() {
                     shown.show(&text);
                 }
@@ -53,16 +52,29 @@ pub(crate) struct Shown {
     terminal: bool,
     drawn: bool,
     last: String,
+    next: Instant,
 }
 
 impl Shown {
     pub(crate) fn new() -> Shown {
-        Shown { terminal: io::stderr().is_terminal(), drawn: false, last: String::new() }
+        let terminal = io::stderr().is_terminal();
+        Shown { terminal, drawn: false, last: String::new(), next: Instant::now() }
     }
 
-    /// Whether lines are redrawn in place.
-    pub(crate) fn is_terminal(&self) -> bool {
-        self.terminal
+    /// Shows what `now` says when it is time for it: less often where lines are not redrawn in
+    /// place.
+    pub(crate) fn show_now_and_then(&mut self, now: impl FnOnce() -> Option<String>) {
+        if Instant::now() < self.next {
+            return;
+        }
+        self.next = Instant::now() + self.period();
+        if let Some(text) = now() {
+            self.show(&text);
+        }
+    }
+
+    fn period(&self) -> Duration {
+        if self.terminal { REDRAW } else { PLAIN }
     }
 
     /// Shows `text`, in place of what was shown before where that is possible.
@@ -88,10 +100,20 @@ impl Shown {
     }
 }
 
-/// A source's report as one line: bytes, rate, dirty rate, remaining, expected downtime.
+/// A source's report as one line: bytes, rate, remaining; before the guest has left, dirty rate and
+/// expected downtime; after it has, how many pages it had to wait for.
 pub(crate) fn describe(info: &MigrationInfo) -> Option<String> {
     let status = info.status?;
     let Some(ram) = &info.ram else { return Some(status.to_string()) };
+    if status.is_postcopy() {
+        return Some(format!(
+            "{status}: sent {}, {:.0} MB/s, remaining {}, {} faults",
+            mib(ram.transferred),
+            ram.mbps / 8.0,
+            mib(ram.remaining),
+            ram.postcopy_requests,
+        ));
+    }
     let mut text = format!(
         "{status}: sent {}, {:.0} MB/s, dirtied {:.1} MB/s, remaining {}",
         mib(ram.transferred),
@@ -113,5 +135,40 @@ pub(crate) fn mib(bytes: u64) -> String {
     match bytes {
         0..0x0010_0000 => format!("{} KiB", bytes >> 10),
         _ => format!("{} MiB", bytes >> 20),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use whimbrel::{MigrationStats, MigrationStatus};
+
+    use super::*;
+
+    #[test]
+    fn a_line_says_what_matters_at_the_time() {
+        let ram = MigrationStats {
+            transferred: 3 << 20,
+            remaining: 512 << 10,
+            mbps: 80.0,
+            postcopy_requests: 7,
+            page_size: 4096,
+            ..MigrationStats::default()
+        };
+        let line = |status| {
+            let info = MigrationInfo {
+                status: Some(status),
+                ram: Some(ram.clone()),
+                expected_downtime: Some(5),
+                ..MigrationInfo::default()
+            };
+            describe(&info).unwrap()
+        };
+        assert_eq!(
+            line(MigrationStatus::PostcopyActive),
+            "postcopy-active: sent 3 MiB, 10 MB/s, remaining 512 KiB, 7 faults"
+        );
+        let precopy = line(MigrationStatus::Active);
+        assert!(precopy.contains("dirtied 0.0 MB/s") && precopy.ends_with("downtime 5 ms"));
+        assert_eq!(describe(&MigrationInfo::default()), None);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
-use whimbrel::kept::Receiver;
+use whimbrel::kept::{Receiver, Touch};
 use whimbrel::{Address, SocketAddressInfo};
 
 use crate::failure::Failure;
@@ -20,14 +20,36 @@ pub(crate) struct Receive {
     /// The file to keep the VM in, in QEMU's mapped-ram format
     #[arg(long, value_name = "FILE")]
     store: PathBuf,
+    /// The source has capability 'postcopy-preempt' on
+    #[arg(long)]
+    preempt: bool,
+    /// In a postcopy, touch pages while they arrive: none, sequential, random or random,seed=N
+    #[arg(long, default_value = "none", value_parser = parse_touch, value_name = "ORDER")]
+    touch: Touch,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
 }
 
+fn parse_touch(text: &str) -> Result<Touch, String> {
+    match text.split_once(",seed=") {
+        None => match text {
+            "none" => Ok(Touch::Nothing),
+            "sequential" => Ok(Touch::Sequential),
+            "random" => Ok(Touch::Random { seed: 1 }),
+            _ => Err("expected none, sequential, random or random,seed=N".into()),
+        },
+        Some(("random", seed)) => match seed.parse() {
+            Ok(seed) => Ok(Touch::Random { seed }),
+            Err(_) => Err(format!("the seed '{seed}' is no number")),
+        },
+        Some(_) => Err("only random has a seed".into()),
+    }
+}
+
 impl Receive {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let receiver = Receiver::bind(&self.uri)?;
+        let receiver = Receiver::bind(&self.uri)?.with_preempt(self.preempt).touching(self.touch);
         let stop = receiver.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         match receiver.socket_address() {
@@ -48,18 +70,19 @@ impl Receive {
         let summary = result?;
         let seconds = started.elapsed().as_secs_f64();
         if self.json {
-            println!(
-                "{}",
-                json!({
-                    "status": "completed",
-                    "file": self.store.display().to_string(),
-                    "machine": summary.machine,
-                    "ram-bytes": summary.ram_bytes,
-                    "stored-bytes": summary.stored_bytes,
-                    "device-sections": summary.devices,
-                    "seconds": seconds,
-                })
-            );
+            let mut object = json!({
+                "status": "completed",
+                "file": self.store.display().to_string(),
+                "machine": summary.machine,
+                "ram-bytes": summary.ram_bytes,
+                "stored-bytes": summary.stored_bytes,
+                "device-sections": summary.devices,
+                "seconds": seconds,
+            });
+            if let Some(faults) = &summary.faults {
+                object["faults"] = serde_json::to_value(faults)?;
+            }
+            println!("{object}");
         } else {
             println!(
                 "kept {}: machine {}, {} of RAM ({} not zero), {} device sections",
@@ -69,6 +92,13 @@ impl Receive {
                 mib(summary.stored_bytes),
                 summary.devices
             );
+            if let Some(faults) = &summary.faults {
+                let latency = &faults.latency_us;
+                println!(
+                    "postcopy: {} pages were waited for, {:.0} us on average, {:.0} us at most",
+                    faults.count, latency.mean, latency.max
+                );
+            }
         }
         Ok(())
     }

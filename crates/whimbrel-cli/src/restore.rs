@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 use whimbrel::Address;
-use whimbrel::kept::KeptVm;
+use whimbrel::kept::{ByPostcopy, KeptVm};
+use whimbrel_ram::PageSize;
+use whimbrel_vm::{ParseError, parse_page_size, parse_size};
 
 use crate::failure::Failure;
 use crate::progress::{Line, describe, mib};
@@ -18,9 +20,32 @@ pub(crate) struct Restore {
     file: PathBuf,
     /// Where the destination waits: tcp:HOST:PORT, unix:PATH, fd:N, exec:CMD or file:PATH
     uri: Address,
+    /// Run the guest at the destination first, and let its RAM follow
+    #[arg(long)]
+    postcopy: bool,
+    /// With --postcopy: the destination has capability 'postcopy-preempt' on
+    #[arg(long, requires = "postcopy")]
+    preempt: bool,
+    /// With --postcopy: the page size of the destination's memory, of one block (BLOCK=SIZE) or of
+    /// the largest (SIZE); 4k, 2M or 1G
+    #[arg(long, requires = "postcopy", value_parser = parse_block_pages, value_name = "[BLOCK=]SIZE")]
+    page_size: Vec<BlockPages>,
+    /// With --postcopy: bytes a second that nobody asked for, with k, M, G; 0 is without limit
+    #[arg(long, requires = "postcopy", default_value = "0", value_parser = parse_size, value_name = "RATE")]
+    bandwidth: u64,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
+}
+
+/// A block, or the largest one, and its page size.
+type BlockPages = (Option<String>, PageSize);
+
+fn parse_block_pages(text: &str) -> Result<BlockPages, ParseError> {
+    match text.rsplit_once('=') {
+        Some((block, size)) => Ok((Some(block.into()), parse_page_size(size)?)),
+        None => Ok((None, parse_page_size(text)?)),
+    }
 }
 
 impl Restore {
@@ -31,7 +56,10 @@ impl Restore {
         let _signals = OnSignal::call(move || stop.stop())?;
         let progress = restoring.progress();
         let line = Line::start(move || describe(&progress.info()))?;
-        let result = restoring.send(&vm, &self.uri);
+        let result = match self.postcopy {
+            true => restoring.send_by_postcopy(&vm, &self.uri, &self.by_postcopy(&vm)),
+            false => restoring.send(&vm, &self.uri),
+        };
         drop(line);
         let info = result?;
         if self.json {
@@ -52,5 +80,15 @@ impl Restore {
             );
         }
         Ok(())
+    }
+
+    fn by_postcopy(&self, vm: &KeptVm) -> ByPostcopy {
+        let largest = || vm.largest_block().to_owned();
+        let sized = |(block, size): &BlockPages| (block.clone().unwrap_or_else(largest), *size);
+        ByPostcopy {
+            preempt: self.preempt,
+            page_sizes: self.page_size.iter().map(sized).collect(),
+            max_bandwidth: self.bandwidth,
+        }
     }
 }

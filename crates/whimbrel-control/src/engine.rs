@@ -85,7 +85,8 @@ impl Backend for MigratorBackend {
     }
 
     fn quit(&self) {
-        self.migrator.cancel();
+        // Refused in postcopy, where nothing can be undone: it ends with the VMM.
+        let _ = self.migrator.cancel();
         if let Some(quit) = &self.quit {
             quit();
         }
@@ -124,8 +125,7 @@ impl Backend for MigratorBackend {
     }
 
     fn migrate_cancel(&self) -> Result<(), QmpError> {
-        self.migrator.cancel();
-        Ok(())
+        self.migrator.cancel().map_err(QmpError::generic)
     }
 
     fn migrate_start_postcopy(&self) -> Result<(), QmpError> {

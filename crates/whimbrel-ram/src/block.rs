@@ -9,6 +9,7 @@ use std::ptr::{self, NonNull};
 use crate::backing::{Backing, Mapping, hint};
 use crate::copy;
 use crate::page::{PageSize, TARGET_PAGE};
+use crate::uffd::Span;
 
 /// Why a block could not be made or reached.
 #[derive(Debug, thiserror::Error)]
@@ -125,6 +126,12 @@ impl RamBlock {
     /// dereferencing.
     pub fn host_address(&self) -> NonNull<u8> {
         self.mapping.address
+    }
+
+    /// The addresses of the block, for the kernel.
+    pub(crate) fn span(&self) -> Span {
+        let start = self.mapping.address.as_ptr().expose_provenance() as u64;
+        Span { start, len: self.len() }
     }
 
     /// The address of `offset`, after checking that `len` bytes from there are inside.

@@ -117,17 +117,18 @@ impl Gather<'_> {
         Gather::default()
     }
 
-    /// One `sendmsg` of as much as it takes; gives the bytes that went. Never raises SIGPIPE.
-    pub fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+    /// One `sendmsg` of as much as it takes; gives the bytes that went. Never raises SIGPIPE. With
+    /// `apart`, what is sent next is not joined to its last segment (`MSG_EOR`).
+    pub fn send(&mut self, socket: BorrowedFd<'_>, apart: bool) -> io::Result<usize> {
         let pieces = self.0.next_call();
         // SAFETY: all zero bytes are a valid msghdr: null pointers with zero lengths.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = pieces.as_ptr().cast_mut();
         message.msg_iovlen = pieces.len();
+        let flags = libc::MSG_NOSIGNAL | if apart { libc::MSG_EOR } else { 0 };
         // SAFETY: the message names `pieces`, whose memory is borrowed for as long as `self`; the
         // kernel only reads it.
-        let sent =
-            unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_NOSIGNAL) };
+        let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
         self.moved(sent)
     }
 

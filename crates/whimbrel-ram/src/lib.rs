@@ -15,10 +15,13 @@
 //! | know what to send | [`PageMap`], filled once and marked from a [`dirty::DirtyLog`] |
 //! | send a page exactly once | a [`Claim`] on it, from a [`Sweep`] or by name |
 //! | send less | [`RamBlock::is_zero`] |
+//! | run while pages are still arriving | [`AbsentRam`], and what has [`Received`] |
 //! | compare two sides | [`GuestRam::digest`] |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod absent;
 mod backing;
+mod bitmap;
 mod block;
 mod claim;
 mod copy;
@@ -27,16 +30,19 @@ mod guest_ram;
 mod map;
 mod page;
 mod pagemap;
+mod received;
 mod sync;
 mod touched;
 mod uffd;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
+mod words;
 
 pub mod dirty;
 pub mod kernel_copy;
 pub mod zero;
 
+pub use absent::{AbsentRam, Fault, Split};
 pub use backing::{Backing, Owner, Sharing};
 pub use block::{BlockError, RamBlock};
 pub use claim::{Asked, Claim};
@@ -44,3 +50,4 @@ pub use digest::BlockDigest;
 pub use guest_ram::GuestRam;
 pub use map::{PageMap, Sweep};
 pub use page::{BlockIndex, HostPage, PageSize, TARGET_PAGE, TargetPage};
+pub use received::Received;

@@ -13,7 +13,8 @@ use std::ops::Range;
 use crate::claim::{Asked, Claim};
 use crate::dirty::DirtyBits;
 use crate::sync::{AtomicU8, AtomicU64, Ordering};
-use crate::{BlockIndex, GuestRam, HostPage, TargetPage};
+use crate::words::{count, mask, position, words};
+use crate::{BlockIndex, GuestRam, HostPage, PageSize, TARGET_PAGE, TargetPage};
 
 /// Somebody holds a claim on the host page.
 const OWNED: u8 = 1;
@@ -59,6 +60,13 @@ pub struct Sweep {
 }
 
 impl Sweep {
+    /// Goes on from a page: what follows a page that somebody waited for is likely to be wanted
+    /// next. The turn that has begun ends as before, at the end of the last block.
+    pub fn go_on_from(&mut self, block: BlockIndex, page: TargetPage) {
+        self.block = block.index();
+        self.page = page.0;
+    }
+
     /// From the start, claiming up to 64 neighbours at once where host pages are target pages.
     fn new() -> Sweep {
         Sweep { block: 0, page: 0, batch: u64::BITS }
@@ -78,8 +86,23 @@ impl Sweep {
 impl PageMap {
     /// The map of `ram`; nothing is to be sent.
     pub fn new(ram: &GuestRam) -> PageMap {
-        let block_map = |(_, block): (_, &crate::RamBlock)| {
-            BlockMap::new(block.target_pages(), block.host_page_size().target_pages())
+        PageMap::with_units(ram, |block| ram.block(block).host_page_size())
+    }
+
+    /// The map of `ram` where what must not be split over two channels, its "host page", is
+    /// `unit` in each block: what the destination places at once. Nothing is to be sent.
+    ///
+    /// # Panics
+    /// When a block is no multiple of its unit.
+    pub fn with_units(ram: &GuestRam, unit: impl Fn(BlockIndex) -> PageSize) -> PageMap {
+        let block_map = |(index, block): (BlockIndex, &crate::RamBlock)| {
+            let per_host = unit(index).target_pages();
+            assert!(
+                block.target_pages().is_multiple_of(per_host),
+                "block {} is a multiple of its unit",
+                block.name()
+            );
+            BlockMap::new(block.target_pages(), per_host)
         };
         PageMap { blocks: ram.blocks().map(block_map).collect(), pending: AtomicU64::new(0) }
     }
@@ -143,6 +166,33 @@ impl PageMap {
             }
         }
         new
+    }
+
+    /// The runs of pages of a block that are still to be sent, in ascending order. What other
+    /// threads claim or mark meanwhile may be in it or not.
+    pub fn runs(&self, block: BlockIndex) -> impl Iterator<Item = Range<u64>> {
+        let map = self.block(block);
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let start = map.next_set(from)?;
+            from = map.next_clear(start);
+            Some(start..from)
+        })
+    }
+
+    /// Every page of a run is to be sent; gives how many were not on the map already.
+    ///
+    /// # Panics
+    /// When the run is not inside the block.
+    pub fn mark_run(&self, block: BlockIndex, run: Range<u64>) -> u64 {
+        assert!(run.end <= self.block(block).pages, "{run:?} is outside its block");
+        words(run.clone()).map(|word| self.add(block, word, mask(&run, word))).sum()
+    }
+
+    /// What is not split in this block.
+    pub fn unit(&self, block: BlockIndex) -> PageSize {
+        let pages = usize::try_from(self.block(block).per_host).expect("a page fits in memory");
+        PageSize::new(pages * TARGET_PAGE.bytes()).expect("units are page sizes")
     }
 
     /// A walk over the whole map.
@@ -340,6 +390,20 @@ impl BlockMap {
         None
     }
 
+    /// The first page from `page` on that is not set, or the end of the block.
+    fn next_clear(&self, page: u64) -> u64 {
+        let from = usize::try_from(page / 64).expect("RAM fits in memory");
+        let mut mask = u64::MAX << (page % 64);
+        for (word, bits) in self.to_send.iter().enumerate().skip(from) {
+            let bits = !bits.load(Ordering::Relaxed) & mask;
+            if bits != 0 {
+                return (word as u64 * 64 + u64::from(bits.trailing_zeros())).min(self.pages);
+            }
+            mask = u64::MAX;
+        }
+        self.pages
+    }
+
     /// The bits of a word that stand for pages.
     fn valid(&self, word: usize) -> u64 {
         mask(&(0..self.pages), word)
@@ -352,45 +416,5 @@ impl BlockMap {
 
     fn host_mask(&self, number: u64, word: usize) -> u64 {
         mask(&self.host_range(number), word)
-    }
-}
-
-fn count(bits: u64) -> u64 {
-    u64::from(bits.count_ones())
-}
-
-/// The word and the bit of a page.
-fn position(page: u64) -> (usize, u64) {
-    (usize::try_from(page / 64).expect("RAM fits in memory"), 1 << (page % 64))
-}
-
-/// The words that hold `pages`.
-fn words(pages: Range<u64>) -> Range<usize> {
-    let index = |word: u64| usize::try_from(word).expect("RAM fits in memory");
-    index(pages.start / 64)..index(pages.end.div_ceil(64))
-}
-
-/// The bits of `word` that stand for pages of `pages`.
-fn mask(pages: &Range<u64>, word: usize) -> u64 {
-    let first = word as u64 * 64;
-    let start = pages.start.clamp(first, first + 64) - first;
-    let end = pages.end.clamp(first, first + 64) - first;
-    if start == end { 0 } else { (u64::MAX >> (64 - (end - start))) << start }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{mask, words};
-
-    #[test]
-    fn masks_cover_their_pages_and_no_more() {
-        assert_eq!(mask(&(0..64), 0), u64::MAX);
-        assert_eq!(mask(&(0..70), 1), 0x3f);
-        assert_eq!(mask(&(0..70), 2), 0);
-        assert_eq!(mask(&(62..66), 0), 3 << 62);
-        assert_eq!(mask(&(62..66), 1), 3);
-        assert_eq!(mask(&(16..32), 0), 0xffff_0000);
-        assert_eq!(words(512..1024), 8..16);
-        assert_eq!(words(16..32), 0..1);
     }
 }

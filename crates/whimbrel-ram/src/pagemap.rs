@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
+use crate::uffd::Span;
 use crate::{RamBlock, TARGET_PAGE, TargetPage};
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
@@ -90,8 +91,8 @@ impl Pagemap {
         mut tell: impl FnMut(TargetPage, u64, u64),
     ) -> io::Result<()> {
         let mut regions = vec![PageRegion::default(); REGIONS];
-        let base = block.host_address().as_ptr().expose_provenance() as u64;
-        let end = base + block.len();
+        let Span { start: base, len } = block.span();
+        let end = base + len;
         let mut start = base;
         while start < end {
             let mut scan = PmScanArg {

@@ -225,3 +225,67 @@ fn an_urgent_request_is_never_lost() {
         });
     }
 }
+
+/// Postcopy: the background sweeps, two urgent channels answer requests, one of them two in a row.
+/// What is on the map goes out once and what is not goes out never; no host page goes out on two
+/// channels; and who is told that a page is under way can rely on its owner to know that somebody
+/// waits.
+#[test]
+fn background_and_urgent_channels_send_each_host_page_once_and_whole() {
+    use loom::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
+    const SECOND: HostPage = HostPage { block: BLOCK, number: 1 };
+    model(&ram(4, 2), |ram, map| {
+        // Page 2 has been sent before.
+        for page in [0, 1, 3] {
+            map.mark(&bits(&ram, page));
+        }
+        let told = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+        let background = thread::spawn({
+            let (map, told) = (map.clone(), told.clone());
+            move || {
+                let (mut sweep, mut sent) = (map.sweep(), Vec::new());
+                while let Some(mut claim) = map.claim_next(&mut sweep) {
+                    let host = usize::try_from(claim.span().start / 2).unwrap();
+                    while let Some(page) = claim.next_page() {
+                        sent.push(page.0);
+                        let waiting = told[host].load(Acquire);
+                        assert!(!waiting || claim.is_urgent(), "the request was lost");
+                    }
+                    claim.spend();
+                }
+                sent
+            }
+        });
+        let ask = |map: Arc<PageMap>, told: Arc<[AtomicBool; 2]>, pages: &'static [HostPage]| {
+            move || {
+                let mut sent = Vec::new();
+                for page in pages {
+                    match map.claim(*page) {
+                        Asked::Claimed(claim) => {
+                            assert!(claim.is_urgent());
+                            sent.extend(send(claim));
+                        }
+                        Asked::UnderWay => {
+                            told[usize::try_from(page.number).unwrap()].store(true, Release);
+                        }
+                        Asked::AlreadySent => {
+                            let mut pages = page.number * 2..page.number * 2 + 2;
+                            assert!(pages.all(|page| !map.is_pending(BLOCK, TargetPage(page))));
+                        }
+                    }
+                }
+                sent
+            }
+        };
+        let other = thread::spawn(ask(map.clone(), told.clone(), &[FIRST]));
+        let urgent = ask(map.clone(), told, &[SECOND, FIRST])();
+        let channels = [urgent, other.join().unwrap(), background.join().unwrap()];
+        let mut sent: Vec<u64> = channels.iter().flatten().copied().collect();
+        sent.sort_unstable();
+        assert_eq!(sent, [0, 1, 3], "once what was on the map, the other never");
+        for channel in &channels {
+            assert_eq!(channel.contains(&0), channel.contains(&1), "split over two channels");
+        }
+        assert_eq!(map.pending(), 0);
+    });
+}

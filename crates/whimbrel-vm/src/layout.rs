@@ -13,6 +13,8 @@
 //!               0x0f000  constants of the page pattern
 //! ```
 
+use std::ops::Range;
+
 use whimbrel_ram::{BlockIndex, TARGET_PAGE};
 
 use crate::error::{Error, Size};
@@ -78,6 +80,39 @@ pub(crate) mod cpu_page {
 
 /// How many page picks a zipf workload goes by: a power of two.
 pub(crate) const PICKS: u64 = 1 << 16;
+
+/// What the guest writes to pages for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WritableKind {
+    /// Counters and stack of each vCPU.
+    Vcpus,
+    /// How often each page of the working set has been updated.
+    Counts,
+    /// The working set itself.
+    WorkingSet,
+}
+
+impl WritableKind {
+    /// `vcpus`, `counts` or `working-set`.
+    pub fn name(self) -> &'static str {
+        match self {
+            WritableKind::Vcpus => "vcpus",
+            WritableKind::Counts => "counts",
+            WritableKind::WorkingSet => "working-set",
+        }
+    }
+}
+
+/// Pages that the guest writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritablePages {
+    /// What for.
+    pub kind: WritableKind,
+    /// The block they are in.
+    pub block: &'static str,
+    /// Their numbers in it, in target pages.
+    pub pages: Range<u64>,
+}
 
 /// A guest's memory, divided up. Offsets are into `vm.ram`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -167,8 +202,24 @@ impl Layout {
         self.table(cpu) + index * 8
     }
 
+    /// What the guest writes: nothing else of its memory changes while it runs.
+    pub(crate) fn writable(&self) -> Vec<WritablePages> {
+        let range = |kind, bytes: Range<u64>| WritablePages {
+            kind,
+            block: RAM_NAME,
+            pages: bytes.start / PAGE_BYTES..bytes.end / PAGE_BYTES,
+        };
+        let own = self.cpu_page(0)..self.cpu_page(self.vcpus - 1) + PAGE_BYTES;
+        let mut all = vec![range(WritableKind::Vcpus, own)];
+        if self.workload.kind != WorkloadKind::Idle {
+            all.push(range(WritableKind::Counts, self.tables..self.picks));
+            all.push(range(WritableKind::WorkingSet, self.working_set..self.rest().start));
+        }
+        all
+    }
+
     /// What lies after the working set.
-    pub(crate) fn rest(&self) -> std::ops::Range<u64> {
+    pub(crate) fn rest(&self) -> Range<u64> {
         self.working_set + self.pages * PAGE_BYTES..self.memory
     }
 }

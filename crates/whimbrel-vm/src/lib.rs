@@ -22,6 +22,7 @@ mod pattern;
 mod serial;
 mod software;
 mod state;
+mod vcpus;
 mod vm;
 mod workload;
 
@@ -31,7 +32,8 @@ pub use config::{
     parse_size,
 };
 pub use error::{Error, Size};
-pub use layout::{FIRMWARE_NAME, RAM_NAME};
+pub use layout::{FIRMWARE_NAME, RAM_NAME, WritableKind, WritablePages};
+pub use pace::Progress;
 pub use pattern::MismatchKind;
 pub use vm::{MACHINE, ReferenceVm};
 pub use workload::{Workload, WorkloadKind};

@@ -18,6 +18,30 @@ pub(crate) struct Gap {
     max_ns: AtomicU64,
     /// Host's real time of the last update: it goes on across a migration.
     last_ns: AtomicU64,
+    /// The longest time between two updates that were both done on this host.
+    here_ns: AtomicU64,
+    /// How many were.
+    updates: AtomicU64,
+}
+
+/// What a guest has done on this host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Page updates of all vCPUs.
+    pub updates: u64,
+    /// The longest time between two of a vCPU: what it sleeps to keep to its rate, and what it
+    /// waits for missing pages, of which an update can meet several.
+    pub gap_max: Duration,
+}
+
+impl Progress {
+    pub(crate) fn of(vcpus: &[Gap]) -> Progress {
+        let longest = vcpus.iter().map(|gap| gap.here_ns.load(Ordering::Relaxed)).max();
+        Progress {
+            updates: vcpus.iter().map(|gap| gap.updates.load(Ordering::Relaxed)).sum(),
+            gap_max: Duration::from_nanos(longest.unwrap_or(0)),
+        }
+    }
 }
 
 impl Gap {
@@ -29,7 +53,7 @@ impl Gap {
         self.max_ns.store(0, Ordering::Relaxed);
     }
 
-    /// Longest gap and time of the last update, as saved and loaded.
+    /// Longest gap and time of the last update, as saved. What was done on one host stays there.
     pub(crate) fn get(&self) -> (u64, u64) {
         (self.max_ns.load(Ordering::Relaxed), self.last_ns.load(Ordering::Relaxed))
     }
@@ -37,6 +61,8 @@ impl Gap {
     pub(crate) fn set(&self, (max_ns, last_ns): (u64, u64)) {
         self.max_ns.store(max_ns, Ordering::Relaxed);
         self.last_ns.store(last_ns, Ordering::Relaxed);
+        self.here_ns.store(0, Ordering::Relaxed);
+        self.updates.store(0, Ordering::Relaxed);
     }
 
     fn update(&self) {
@@ -44,8 +70,12 @@ impl Gap {
         let now = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
         // Only the vCPU's own thread gets here.
         let last = self.last_ns.swap(now, Ordering::Relaxed);
+        let gap = now.saturating_sub(last);
         if last != 0 {
-            self.max_ns.fetch_max(now.saturating_sub(last), Ordering::Relaxed);
+            self.max_ns.fetch_max(gap, Ordering::Relaxed);
+        }
+        if self.updates.fetch_add(1, Ordering::Relaxed) > 0 {
+            self.here_ns.fetch_max(gap, Ordering::Relaxed);
         }
     }
 }

@@ -3,10 +3,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-use vmm_sys_util::signal::Killable;
 use whimbrel::{DeviceState, Vm, VmError};
 use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
@@ -15,21 +13,17 @@ use crate::build::build;
 use crate::check::{self, SelfCheck};
 use crate::config::{Accel, Config};
 use crate::error::Error;
-use crate::gate::Gate;
-use crate::layout::Layout;
+use crate::layout::{Layout, WritablePages};
 use crate::machine::Machine;
-use crate::pace::Gap;
+use crate::pace::{Gap, Progress};
 use crate::serial::{self, SerialPort};
 use crate::software::{self, Software};
+use crate::vcpus::Vcpus;
 use crate::workload::Workload;
 use crate::{accelerator, memory};
 
 /// The machine type: source and destination must agree on it.
 pub const MACHINE: &str = "whimbrel-vm-1";
-
-/// How long [`pause`](Vm::pause) waits for a vCPU. It takes well under a millisecond on native
-/// threads and a few on KVM; only a vCPU that waits for a page fault takes longer.
-const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where a VM is in its life.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,19 +42,20 @@ enum Phase {
 pub struct ReferenceVm {
     uuid: Option<[u8; 16]>,
     ram: GuestRam,
-    gate: Arc<Gate>,
+    vcpus: Vcpus,
     machine: Arc<dyn Machine>,
     serial: Arc<SerialPort>,
     dirty: Arc<dyn DirtyLog>,
     dirty_name: &'static str,
     gaps: Arc<[Gap]>,
-    /// Held for as long as a change of phase takes, so that one comes after the other.
+    /// Held for as long as a change of phase takes, so that one comes after the other. That may
+    /// be long: a vCPU that waits for a page is waited for. Who only wants to know does not.
+    changing: Mutex<()>,
     phase: Mutex<Phase>,
     /// Counts what makes a check of a stopped guest void. Changed under `phase`.
     runs: AtomicU64,
     /// Replaced when a guest is loaded.
     layout: Mutex<Arc<Layout>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl ReferenceVm {
@@ -76,45 +71,22 @@ impl ReferenceVm {
             build(&ram, &layout, config.fill)?;
             made.machine.install(&layout)?;
         }
+        let vcpus = Vcpus::start(config.vcpus, Arc::clone(&made.machine))?;
         let vm = ReferenceVm {
             uuid: config.uuid,
             ram,
-            gate: Arc::new(Gate::new(config.vcpus as usize)),
+            vcpus,
             machine: made.machine,
             serial,
             dirty: made.dirty,
             dirty_name: made.dirty_name,
             gaps,
+            changing: Mutex::default(),
             phase: Mutex::new(if config.incoming { Phase::Incoming } else { Phase::Stopped }),
             runs: AtomicU64::new(0),
             layout: Mutex::new(layout),
-            threads: Mutex::new(Vec::new()),
         };
-        for cpu in 0..config.vcpus {
-            vm.start_thread(cpu)?;
-        }
-        // Once all have come to the gate, the VM is stopped for everyone to see.
-        vm.pause_cpus().map_err(Error::Start)?;
         Ok(Arc::new(vm))
-    }
-
-    fn start_thread(&self, cpu: u32) -> Result<(), Error> {
-        let name = format!("vcpu-{cpu}");
-        let (gate, machine) = (Arc::clone(&self.gate), Arc::clone(&self.machine));
-        let work = move || vcpu_thread(cpu, &gate, &*machine);
-        let thread = Builder::new().name(name.clone()).spawn(work);
-        lock(&self.threads).push(thread.map_err(|source| Error::Thread { name, source })?);
-        Ok(())
-    }
-
-    fn pause_cpus(&self) -> Result<(), VmError> {
-        match self.gate.close(PAUSE_LIMIT, || self.kick()) {
-            0 => Ok(()),
-            left => {
-                let limit = PAUSE_LIMIT.as_secs();
-                Err(VmError::new(format!("{left} vCPUs did not stop within {limit} s")))
-            }
-        }
     }
 
     /// What runs the vCPUs.
@@ -144,7 +116,24 @@ impl ReferenceVm {
 
     /// Why a vCPU cannot go on, if so.
     pub fn failure(&self) -> Option<String> {
-        self.gate.failure()
+        self.vcpus.gate().failure()
+    }
+
+    /// The pages that the guest writes, whatever it does next; it leaves all others as they are.
+    pub fn writable_pages(&self) -> Vec<WritablePages> {
+        self.layout().writable()
+    }
+
+    /// What the guest has done on this host: cheap, at any time, without a look at its memory, so
+    /// also while pages of it are missing.
+    pub fn progress(&self) -> Progress {
+        Progress::of(&self.gaps)
+    }
+
+    /// Tells the vCPUs to end for good, waits for that as long as `limit`, and gives how many have
+    /// not: they wait for pages that are missing. Dropping the VM would wait for them, too.
+    pub fn halt(&self, limit: Duration) -> usize {
+        self.vcpus.end(limit)
     }
 
     /// Forgets the longest gap between updates so far, to measure another.
@@ -190,43 +179,12 @@ impl ReferenceVm {
         Arc::clone(&lock(&self.layout))
     }
 
-    /// Gets the vCPU threads out of the guest.
-    fn kick(&self) {
-        if let Some(signal) = self.machine.kick() {
-            for thread in lock(&self.threads).iter() {
-                // A thread that has ended needs no kick.
-                let _ended = thread.kill(signal);
-            }
-        }
-    }
-
     /// Every device there is, in the order of its state.
     fn devices(&self) -> Vec<(&'static str, u32)> {
         let mut devices = vec![(software::DEVICE, 0)];
         devices.extend(self.machine.devices());
         devices.push((serial::DEVICE, 0));
         devices
-    }
-}
-
-/// Runs a vCPU whenever the gate is open.
-fn vcpu_thread(cpu: u32, gate: &Gate, machine: &dyn Machine) {
-    /// A vCPU whose thread panics is held for good, so that nobody waits for it.
-    struct Ended<'a>(u32, &'a Gate);
-    impl Drop for Ended<'_> {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.1.fail(format!("vcpu-{}: its thread panicked", self.0));
-                self.1.pass();
-            }
-        }
-    }
-    let _ended = Ended(cpu, gate);
-    while gate.pass() {
-        if let Err(error) = machine.run(cpu, gate) {
-            gate.fail(format!("vcpu-{cpu}: {error}"));
-            gate.sleep(None);
-        }
     }
 }
 
@@ -253,34 +211,42 @@ impl Vm for ReferenceVm {
     }
 
     fn pause(&self) -> Result<(), VmError> {
-        let mut phase = lock(&self.phase);
-        self.pause_cpus()?;
-        if *phase == Phase::Running {
-            *phase = Phase::Stopped;
+        let _changing = lock(&self.changing);
+        let running = self.running();
+        if let Err(error) = self.vcpus.pause() {
+            // Those that did stop go on: it is a guest that runs, or else one that stands still.
+            if running {
+                self.vcpus.gate().open();
+            }
+            return Err(error);
+        }
+        if running {
+            *lock(&self.phase) = Phase::Stopped;
         }
         Ok(())
     }
 
     fn resume(&self) -> Result<(), VmError> {
+        let _changing = lock(&self.changing);
         let mut phase = lock(&self.phase);
         if *phase == Phase::Incoming {
             return Err(VmError::new("there is no guest yet: its state has not been loaded"));
         }
-        if let Some(failure) = self.gate.failure() {
+        if let Some(failure) = self.vcpus.gate().failure() {
             return Err(VmError::new(failure));
         }
         self.runs.fetch_add(1, Ordering::SeqCst);
-        self.gate.open();
+        self.vcpus.gate().open();
         *phase = Phase::Running;
         Ok(())
     }
 
     fn save(&self) -> Result<Vec<DeviceState>, VmError> {
-        let phase = lock(&self.phase);
-        if *phase != Phase::Stopped || !self.gate.closed() {
+        let _changing = lock(&self.changing);
+        if *lock(&self.phase) != Phase::Stopped || !self.vcpus.gate().closed() {
             return Err(VmError::new("the guest has to be stopped before its state is saved"));
         }
-        if let Some(failure) = self.gate.failure() {
+        if let Some(failure) = self.vcpus.gate().failure() {
             return Err(VmError::new(failure));
         }
         let mut devices = vec![software::save(&self.layout(), self.accel())];
@@ -290,8 +256,8 @@ impl Vm for ReferenceVm {
     }
 
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError> {
-        let mut phase = lock(&self.phase);
-        if *phase == Phase::Running {
+        let _changing = lock(&self.changing);
+        if self.running() {
             return Err(VmError::new("the guest has to be stopped before a state is loaded"));
         }
         // The workload first: what else does not fit follows from what it says.
@@ -313,6 +279,7 @@ impl Vm for ReferenceVm {
         let layout = Arc::new(layout);
         self.machine.load(&layout, &machine)?;
         // Nothing below can fail.
+        let mut phase = lock(&self.phase);
         self.runs.fetch_add(1, Ordering::SeqCst);
         self.serial.set(&serial);
         *lock(&self.layout) = layout;
@@ -320,8 +287,12 @@ impl Vm for ReferenceVm {
         Ok(())
     }
 
+    fn vcpu_threads(&self) -> Vec<u32> {
+        self.vcpus.ids()
+    }
+
     fn throttle(&self, percent: u8) {
-        self.gate.set_throttle(percent);
+        self.vcpus.gate().set_throttle(percent);
     }
 }
 
@@ -343,22 +314,6 @@ fn find<'a>(
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these guard is whole after every statement.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Drop for ReferenceVm {
-    fn drop(&mut self) {
-        /// A kick between two of a thread's system calls is repeated.
-        const KICK_AGAIN: Duration = Duration::from_millis(1);
-        self.gate.quit();
-        while lock(&self.threads).iter().any(|thread| !thread.is_finished()) {
-            self.kick();
-            std::thread::sleep(KICK_AGAIN);
-        }
-        for thread in lock(&self.threads).drain(..) {
-            // The gate knows of its panic, if it had one.
-            let _panicked = thread.join();
-        }
-    }
 }
 
 impl fmt::Debug for ReferenceVm {

@@ -8,8 +8,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use guest::{
-    PAGE, config, copy_ram, destination, iterate, make, move_and_go_on, pause_and_check,
-    run_for_updates, state,
+    PAGE, config, copy_ram, destination, expect_writes_as_said, iterate, make, move_and_go_on,
+    pause_and_check, run_for_updates, state,
 };
 use whimbrel::{DeviceState, Vm};
 use whimbrel_ram::PageSize;
@@ -51,6 +51,14 @@ fn every_workload_passes_its_own_check() {
             let check = vm.self_check();
             assert!(check.updates >= 60 && check.gap_max > Duration::ZERO, "{check:?}");
         }
+    }
+}
+
+#[test]
+fn a_guest_writes_what_it_is_said_to_write() {
+    for workload in BUSY {
+        let Some(config) = kvm(2, workload) else { return };
+        expect_writes_as_said(&config);
     }
 }
 

@@ -7,8 +7,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use guest::{
-    PAGE, config, destination, iterate, make, move_and_go_on, pause_and_check, run_for_updates,
-    state,
+    PAGE, config, destination, expect_writes_as_said, iterate, make, move_and_go_on,
+    pause_and_check, run_for_updates, state,
 };
 use whimbrel::Vm;
 use whimbrel_ram::PageSize;
@@ -243,6 +243,46 @@ fn the_gap_holds_the_downtime() {
     sleep(Duration::from_millis(150));
     move_and_go_on(&from, &to, 10);
     assert!(to.self_check().gap_max >= Duration::from_millis(150));
+}
+
+#[test]
+fn what_was_done_on_a_host_is_counted_there() {
+    let config = native(2, "uniform,rate=2000");
+    let (from, to) = (make(&config), destination(&config));
+    assert_eq!((from.progress(), to.progress()), Default::default());
+    from.resume().unwrap();
+    run_for_updates(&from, 100);
+    pause_and_check(&from);
+    assert_eq!(from.progress().updates, from.self_check().updates);
+    sleep(Duration::from_millis(300));
+    move_and_go_on(&from, &to, 100);
+    let (here, all) = (to.progress(), to.self_check());
+    assert_eq!(from.progress().updates + here.updates, all.updates);
+    // Neither guest could have been held up for so long on its own host.
+    assert!(all.gap_max >= Duration::from_millis(300));
+    assert!(here.gap_max > Duration::ZERO && here.gap_max < all.gap_max, "{here:?}");
+}
+
+#[test]
+fn a_guest_writes_what_it_is_said_to_write() {
+    for workload in BUSY {
+        for vcpus in [1, 3] {
+            expect_writes_as_said(&native(vcpus, workload));
+        }
+    }
+    expect_writes_as_said(&Config { fill: Fill::Random, ..native(1, "uniform,working-set=64k") });
+}
+
+#[test]
+fn a_guest_that_is_halted_never_runs_again() {
+    let vm = make(&native(2, "uniform"));
+    vm.resume().unwrap();
+    run_for_updates(&vm, 100);
+    assert_eq!(vm.halt(Duration::from_secs(60)), 0);
+    let updates = vm.self_check().updates;
+    vm.resume().unwrap();
+    sleep(Duration::from_millis(20));
+    assert_eq!(vm.progress().updates, updates);
 }
 
 #[test]

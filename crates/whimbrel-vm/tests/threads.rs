@@ -20,6 +20,11 @@ fn vcpu_threads() -> Vec<String> {
     names
 }
 
+fn name_of(thread: u32) -> String {
+    let name = fs::read_to_string(format!("/proc/self/task/{thread}/comm")).unwrap();
+    name.trim().to_owned()
+}
+
 fn open_files() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
@@ -43,6 +48,8 @@ fn nothing_is_left_of_a_vm() {
                 run_for_updates(&vm, 20);
             }
             assert_eq!(vcpu_threads(), ["vcpu-0", "vcpu-1", "vcpu-2"]);
+            let names = vm.vcpu_threads().into_iter().map(name_of);
+            assert_eq!(names.collect::<Vec<_>>(), ["vcpu-0", "vcpu-1", "vcpu-2"], "in their order");
             // While it runs.
             drop(vm);
             assert!(vcpu_threads().is_empty(), "{accel:?} {workload}");

@@ -12,7 +12,7 @@ use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
 use crate::status::{Event, MigrationInfo, MigrationStatus, RunState};
 use crate::vm::Vm;
-use crate::worker::{Cancel, Role, Worker};
+use crate::worker::{Cancel, Links, Role, Worker};
 
 /// How a VM stands when its [`Migrator`] is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +54,17 @@ struct Run {
     proceed: Cancel,
     /// `migrate-start-postcopy`.
     postcopy: Cancel,
-    /// `migrate-pause`.
-    pause: Cancel,
+    /// The connections in postcopy: `migrate-pause`, and the end.
+    links: Links,
     allows_postcopy: bool,
     worker: Option<Worker>,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // Before the worker is joined.
+        self.links.end();
+    }
 }
 
 /// Ends a subscription when it is dropped.
@@ -172,7 +179,7 @@ impl Migrator {
             _ => {}
         }
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
-        let (postcopy, pause) = (new_cancel()?, new_cancel()?);
+        let (postcopy, links) = (new_cancel()?, new_links()?);
         let report = Arc::new(Report::new(Side::Source));
         let job = source::Job {
             guest: self.guest.clone(),
@@ -183,7 +190,7 @@ impl Migrator {
             cancel: cancel.clone(),
             proceed: proceed.clone(),
             postcopy: postcopy.clone(),
-            pause: pause.clone(),
+            links: links.clone(),
         };
         let worker = Worker::start(Role::SourceMain, cancel.clone(), move || source::run(&job))
             .map_err(Error::system("starting a thread"))?;
@@ -193,7 +200,7 @@ impl Migrator {
             cancel,
             proceed,
             postcopy,
-            pause,
+            links,
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         };
@@ -212,7 +219,7 @@ impl Migrator {
         let listener = Listener::bind(address, &cancel)?;
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
-        let (postcopy, pause) = (new_cancel()?, new_cancel()?);
+        let (postcopy, links) = (new_cancel()?, new_links()?);
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
         let job = live::Job {
@@ -221,7 +228,7 @@ impl Migrator {
             autostart: self.autostart,
             report: report.clone(),
             cancel: cancel.clone(),
-            pause: pause.clone(),
+            links: links.clone(),
         };
         let run = move || live::run(&job, listener);
         let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
@@ -233,7 +240,7 @@ impl Migrator {
             cancel,
             proceed,
             postcopy,
-            pause,
+            links,
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         });
@@ -261,13 +268,21 @@ impl Migrator {
     }
 
     /// `migrate_cancel`: ends the migration; how it ended is in [`info`](Migrator::info) soon.
-    /// No error when there is none.
-    pub fn cancel(&self) {
-        if let Some(run) = &self.lock().run
-            && run.report.status().is_running()
-        {
+    /// No error when there is none. Refused in postcopy, where neither side has the whole guest.
+    pub fn cancel(&self) -> Result<(), Error> {
+        let inner = self.lock();
+        let Some(run) = &inner.run else { return Ok(()) };
+        let status = run.report.status();
+        if status.is_postcopy() {
+            return Err(Error::Refused(
+                "Postcopy migration in progress, cannot cancel: neither side has the whole guest"
+                    .into(),
+            ));
+        }
+        if status.is_running() {
             run.cancel.set();
         }
+        Ok(())
     }
 
     /// `migrate-start-postcopy`: the guest is to run at the destination as soon as that can be, and
@@ -293,7 +308,7 @@ impl Migrator {
         let inner = self.lock();
         match &inner.run {
             Some(run) if run.report.status() == MigrationStatus::PostcopyActive => {
-                run.pause.set();
+                run.links.break_now();
                 Ok(())
             }
             _ => Err(Error::Refused(
@@ -323,7 +338,10 @@ impl Migrator {
     /// Ends the migration under way, also one that is complete and waits for its peer to close,
     /// and waits for its thread.
     pub fn end(&self) {
-        let worker = self.lock().run.as_mut().and_then(|run| run.worker.take());
+        let worker = self.lock().run.as_mut().and_then(|run| {
+            run.links.end();
+            run.worker.take()
+        });
         drop(worker); // Wakes it and joins it, without the lock.
     }
 
@@ -348,6 +366,10 @@ impl Inner {
             false => Ok(()),
         }
     }
+}
+
+fn new_links() -> Result<Links, Error> {
+    Links::new().map_err(Error::system("making an eventfd"))
 }
 
 fn new_cancel() -> Result<Cancel, Error> {

@@ -1,11 +1,14 @@
 //! What `query-migrate` answers while threads count: no lock a migration thread could hold.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
+use crate::latency::Latencies;
 use crate::status::{
-    MigrationInfo, MigrationStats, MigrationStatus, SocketAddressInfo, XbzrleCacheStats,
+    AnswerStats, MigrationInfo, MigrationStats, MigrationStatus, SocketAddressInfo,
+    XbzrleCacheStats,
 };
 
 /// Counters of one migration. Each is written by one thread and read by any.
@@ -23,6 +26,10 @@ pub(crate) struct Counters {
     pub(crate) bytes_per_second: AtomicU64,
     pub(crate) pages_per_second: AtomicU64,
     pub(crate) expected_downtime_ms: AtomicU64,
+    pub(crate) postcopy_requests: AtomicU64,
+    pub(crate) postcopy_bytes: AtomicU64,
+    /// Bytes of the main channel after the guest had gone.
+    pub(crate) background_bytes: AtomicU64,
     pub(crate) throttle_percent: AtomicU8,
 }
 
@@ -36,7 +43,8 @@ pub(crate) fn add(counter: &AtomicU64, value: u64) {
     counter.fetch_add(value, Ordering::Relaxed);
 }
 
-fn get(counter: &AtomicU64) -> u64 {
+/// Reads a counter.
+pub(crate) fn get(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
 }
 
@@ -54,6 +62,21 @@ pub(crate) struct Report {
     started: Instant,
     pub(crate) counters: Counters,
     slow: Mutex<Slow>,
+    answers: Mutex<Answered>,
+    faults: OnceLock<Arc<dyn FaultReport>>,
+}
+
+/// What a source knows of the requests it answered. Locked for one at a time.
+#[derive(Clone, Debug, Default)]
+struct Answered {
+    queued: Latencies,
+    already_sent: u64,
+}
+
+/// What a destination knows of its guest's faults.
+pub(crate) trait FaultReport: Send + Sync + fmt::Debug {
+    /// Adds it to the report of a migration that stands at `info.status`.
+    fn tell(&self, info: &mut MigrationInfo);
 }
 
 /// What changes a few times in a migration. The lock is held for a few loads and stores.
@@ -85,7 +108,29 @@ impl Drop for EndsFailed<'_> {
 impl Report {
     pub(crate) fn new(side: Side) -> Report {
         let slow = Mutex::new(Slow { status: MigrationStatus::Setup, ..Slow::default() });
-        Report { side, started: Instant::now(), counters: Counters::default(), slow }
+        Report {
+            side,
+            started: Instant::now(),
+            counters: Counters::default(),
+            slow,
+            answers: Mutex::default(),
+            faults: OnceLock::new(),
+        }
+    }
+
+    /// A request was answered by a page of its own, so long after it had been read.
+    pub(crate) fn answered(&self, after: Duration) {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).queued.record(after);
+    }
+
+    /// A request came for a page that had gone, or was going.
+    pub(crate) fn already_sent(&self) {
+        self.answers.lock().unwrap_or_else(PoisonError::into_inner).already_sent += 1;
+    }
+
+    /// From here on the report has what `faults` knows. Once.
+    pub(crate) fn set_faults(&self, faults: Arc<dyn FaultReport>) {
+        assert!(self.faults.set(faults).is_ok(), "one guest arrives once");
     }
 
     /// When the migration began.
@@ -157,8 +202,17 @@ impl Report {
             ..MigrationInfo::default()
         };
         if self.side == Side::Destination {
+            if let Some(faults) = self.faults.get() {
+                faults.tell(&mut info);
+            }
             return info;
         }
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        info.answers = (get(&self.counters.postcopy_requests) > 0).then(|| AnswerStats {
+            count: answers.queued.count(),
+            queued_us: answers.queued.summary(),
+            already_sent: answers.already_sent,
+        });
         info.total_time = Some(slow.total_ms.unwrap_or_else(|| self.elapsed_ms()));
         info.setup_time = slow.setup_ms;
         info.downtime = slow.downtime_ms;
@@ -190,6 +244,8 @@ impl Report {
             dirty_sync_count: get(&c.dirty_sync_count),
             page_size: 4096,
             pages_per_second: get(&c.pages_per_second),
+            postcopy_requests: get(&c.postcopy_requests),
+            postcopy_bytes: get(&c.postcopy_bytes),
             precopy_bytes: get(&c.precopy_bytes),
             downtime_bytes: get(&c.downtime_bytes),
             ..MigrationStats::default()

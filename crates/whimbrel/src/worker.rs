@@ -2,9 +2,9 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
@@ -16,8 +16,20 @@ pub(crate) enum Role {
     SourceMain,
     /// Drives a migration into here.
     DestinationMain,
+    /// Reads the return path and sends the pages that a guest waits for.
+    SourceUrgent,
     /// Takes memory from the host ahead of the pages that come.
     DestinationPopulate,
+    /// Asks for the pages that the guest touches; writes the return path.
+    DestinationFault,
+    /// Takes in the pages that were asked for.
+    DestinationUrgent,
+    /// Loads the devices, and runs the guest.
+    DestinationLoad,
+    /// Makes huge pages of small ones that have all arrived.
+    DestinationRestore,
+    /// Touches pages in the place of a guest that is only kept.
+    DestinationTouch,
 }
 
 impl Role {
@@ -26,7 +38,13 @@ impl Role {
         match self {
             Role::SourceMain => "source/main",
             Role::DestinationMain => "dest/main",
+            Role::SourceUrgent => "source/urgent",
             Role::DestinationPopulate => "dest/populate",
+            Role::DestinationFault => "dest/fault",
+            Role::DestinationUrgent => "dest/urgent",
+            Role::DestinationLoad => "dest/load",
+            Role::DestinationRestore => "dest/restore",
+            Role::DestinationTouch => "dest/touch",
         }
     }
 }
@@ -89,6 +107,16 @@ impl Cancel {
         self.poll(&mut fds, timeout)
     }
 
+    /// Waits until one of `fds` can be read, for `timeout` at most.
+    pub(crate) fn wait_any(&self, fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Woken> {
+        let wake = std::iter::once(self.shared.wake.as_fd());
+        let mut fds: Vec<PollFd<'_>> = wake
+            .chain(fds.iter().copied())
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        self.poll(&mut fds, Some(timeout))
+    }
+
     /// Waits for `time`, or until cancelled.
     pub(crate) fn sleep(&self, time: Duration) -> io::Result<Woken> {
         let mut fds = [PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN)];
@@ -110,6 +138,51 @@ impl Cancel {
             }
         }
     }
+}
+
+/// The connections of a migration as one thing that can be broken: on request (`migrate-pause`),
+/// by the first thread that meets an error, or at the end of it all.
+#[derive(Clone, Debug)]
+pub(crate) struct Links {
+    current: Arc<Mutex<Cancel>>,
+    ended: Cancel,
+}
+
+impl Links {
+    pub(crate) fn new() -> io::Result<Links> {
+        Ok(Links { current: Arc::new(Mutex::new(Cancel::new()?)), ended: Cancel::new()? })
+    }
+
+    /// What ends the waits on the connections there are now.
+    pub(crate) fn current(&self) -> Cancel {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Wakes whoever waits on them.
+    pub(crate) fn break_now(&self) {
+        self.current().set();
+    }
+
+    /// Ends the migration, also one that is paused.
+    pub(crate) fn end(&self) {
+        self.ended.set();
+        self.break_now();
+    }
+
+    /// Waits for the end.
+    pub(crate) fn wait_for_end(&self) {
+        // Without a descriptor to wait on there is nothing to be done but to end at once.
+        let _ = self.ended.sleep(Duration::MAX);
+    }
+}
+
+/// Runs `work` on a thread of its own inside `scope`, which joins it.
+pub(crate) fn scoped<'s, T: Send + 's>(
+    scope: &'s Scope<'s, '_>,
+    role: Role,
+    work: impl FnOnce() -> T + Send + 's,
+) -> io::Result<ScopedJoinHandle<'s, T>> {
+    thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
 }
 
 /// A running thread. Dropping it wakes it and waits for its end.
@@ -160,7 +233,17 @@ mod tests {
 
     #[test]
     fn names_fit_into_the_kernels_15_bytes() {
-        for role in [Role::SourceMain, Role::DestinationMain, Role::DestinationPopulate] {
+        for role in [
+            Role::SourceMain,
+            Role::SourceUrgent,
+            Role::DestinationMain,
+            Role::DestinationPopulate,
+            Role::DestinationFault,
+            Role::DestinationUrgent,
+            Role::DestinationLoad,
+            Role::DestinationRestore,
+            Role::DestinationTouch,
+        ] {
             assert!(role.name().len() <= 15);
         }
     }

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use whimbrel_control::{Client, Endpoint};
+use whimbrel_control::{Client, Endpoint, PeerEvent};
 
+use crate::drive::COMMAND;
 use crate::failure::Failure;
-use crate::migrate::COMMAND;
 
 /// How long a VM may take to be built: its memory may have to be filled first.
 const BUILT: Duration = Duration::from_secs(120);
@@ -60,6 +60,15 @@ impl Child {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// What has happened since it was last asked.
+    pub(super) fn events(&mut self) -> Result<Vec<PeerEvent>, Failure> {
+        let mut events = Vec::new();
+        while let Some(event) = self.qmp.next_event(Duration::ZERO)? {
+            events.push(event);
+        }
+        Ok(events)
     }
 
     /// Ends the VM in order.

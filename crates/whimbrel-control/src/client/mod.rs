@@ -163,6 +163,17 @@ impl Client {
         self.execute("migrate-continue", json!({ "state": state })).map(drop)
     }
 
+    /// `migrate-start-postcopy`: the migration under way goes over to postcopy as soon as it can. No
+    /// error when it is too late for that.
+    pub fn migrate_start_postcopy(&mut self) -> Result<(), ClientError> {
+        self.execute("migrate-start-postcopy", json!({})).map(drop)
+    }
+
+    /// `migrate-pause`: breaks the connections of a migration in postcopy.
+    pub fn migrate_pause(&mut self) -> Result<(), ClientError> {
+        self.execute("migrate-pause", json!({})).map(drop)
+    }
+
     /// Switches a capability that whimbrel has too.
     pub fn set_capability(&mut self, capability: Capability, on: bool) -> Result<(), ClientError> {
         self.set_capability_named(capability.name(), on)
@@ -170,8 +181,14 @@ impl Client {
 
     /// Switches any capability of the peer's.
     pub fn set_capability_named(&mut self, name: &str, on: bool) -> Result<(), ClientError> {
-        let changes = json!({ "capabilities": [{ "capability": name, "state": on }] });
-        self.execute("migrate-set-capabilities", changes).map(drop)
+        self.set_capabilities_named(&[(name, on)])
+    }
+
+    /// Switches several, all of them or, with an error, none: some need others.
+    pub fn set_capabilities_named(&mut self, changes: &[(&str, bool)]) -> Result<(), ClientError> {
+        let entry = |(name, on): &(&str, bool)| json!({ "capability": name, "state": on });
+        let changes: Vec<Value> = changes.iter().map(entry).collect();
+        self.execute("migrate-set-capabilities", json!({ "capabilities": changes })).map(drop)
     }
 
     /// `migrate-set-parameters` with an object of any of the peer's parameters.

@@ -12,7 +12,7 @@ use whimbrel::{MigrationInfo, MigrationStats, MigrationStatus};
 pub enum PeerStatus {
     /// One that whimbrel has too.
     Known(MigrationStatus),
-    /// Another, such as QEMU's `postcopy-active`, `failing` or `wait-unplug`.
+    /// Another, such as QEMU's `postcopy-recover`, `failing` or `wait-unplug`.
     Other(String),
 }
 
@@ -29,6 +29,14 @@ impl PeerStatus {
         match self {
             PeerStatus::Known(status) => status.name(),
             PeerStatus::Other(name) => name,
+        }
+    }
+
+    /// Whether the guest has left the source and part of its RAM has not. A recovery is part of it.
+    pub fn is_postcopy(&self) -> bool {
+        match self {
+            PeerStatus::Known(status) => status.is_postcopy(),
+            PeerStatus::Other(name) => name.starts_with("postcopy-"),
         }
     }
 
@@ -137,7 +145,7 @@ mod tests {
     #[test]
     fn an_answer_of_qemus_is_read_as_far_as_it_is_known() {
         let raw = json!({
-            "status": "postcopy-active", "total-time": 160, "expected-downtime": -1,
+            "status": "postcopy-recover", "total-time": 160, "expected-downtime": -1,
             "remaining": 5, "postcopy-latency-dist": [1, 2],
             "socket-address": [{"port": "1", "ipv4": true, "host": "::", "type": "inet"},
                                {"type": "vsock", "cid": "3", "port": "1"}],
@@ -145,13 +153,33 @@ mod tests {
                     "transferred": 7},
         });
         let report = MigrationReport::new(raw.clone());
-        assert_eq!(report.status, PeerStatus::Other("postcopy-active".into()));
-        assert!(report.status.is_running());
+        assert_eq!(report.status, PeerStatus::Other("postcopy-recover".into()));
+        assert!(report.status.is_running() && report.status.is_postcopy());
         assert_eq!(report.info.total_time, Some(160));
         assert_eq!((report.info.expected_downtime, report.info.socket_address), (None, None));
+        assert_eq!(report.info.postcopy_latency_dist, Some(vec![1, 2]));
         let ram = report.info.ram.unwrap();
         assert_eq!((ram.total, ram.mbps, ram.transferred, ram.normal), (134_217_728, 2.5, 7, 0));
         assert_eq!(report.raw, raw);
+    }
+
+    #[test]
+    fn a_destination_in_postcopy_is_read() {
+        // As QEMU 11.1 told it, but for the lengths of the lists.
+        let report = MigrationReport::new(json!({
+            "status": "postcopy-active", "postcopy-blocktime": 12, "postcopy-latency": 30_123,
+            "postcopy-vcpu-blocktime": [12, 14], "postcopy-vcpu-latency": [30_000, 40_000],
+            "postcopy-non-vcpu-latency": 0,
+        }));
+        assert_eq!(report.status, PeerStatus::Known(MigrationStatus::PostcopyActive));
+        assert!(report.status.is_postcopy());
+        let info = report.info;
+        assert_eq!((info.postcopy_blocktime, info.postcopy_latency), (Some(12), Some(30_123)));
+        assert_eq!(info.postcopy_vcpu_blocktime, Some(vec![12, 14]));
+        assert_eq!((info.faults, info.answers), (None, None));
+        for name in ["active", "completed", "wait-unplug"] {
+            assert!(!MigrationReport::new(json!({ "status": name })).status.is_postcopy());
+        }
     }
 
     #[test]

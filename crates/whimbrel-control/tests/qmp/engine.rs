@@ -159,6 +159,8 @@ fn a_stalled_link_holds_up_no_answer() {
     let (_stalled, _) = listener.accept().unwrap();
     until(&mut client, MigrationStatus::Active);
 
+    let desc = refusal(client.migrate_start_postcopy());
+    assert!(desc.contains("before the start of migration"), "{desc}");
     let (mean, worst) = ask_often(&mut client);
     assert!(mean < Duration::from_millis(20), "{mean:?} on average, {worst:?} at worst");
     assert!(worst < Duration::from_millis(500), "{mean:?} on average, {worst:?} at worst");
@@ -191,6 +193,17 @@ fn what_the_engine_refuses_is_one_line_of_class_generic_error() {
     refusal(client.set_parameters(json!({"max-bandwidth": 5, "cpu-throttle-initial": 0})));
     assert_eq!(client.query_parameters().unwrap()["max-bandwidth"], 128 << 20);
     assert_eq!(client.query_migrate().unwrap().raw, json!({}));
+
+    let preempt = [("postcopy-preempt", true)];
+    let desc = refusal(client.set_capabilities_named(&preempt));
+    assert!(desc.contains("requires capability 'postcopy-ram'"), "{desc}");
+    client.set_capabilities_named(&[preempt[0], ("postcopy-ram", true)]).unwrap();
+    let desc = refusal(client.set_capability(Capability::PostcopyRam, false));
+    assert!(desc.contains("requires capability 'postcopy-ram'"), "{desc}");
+    let desc = refusal(client.migrate_start_postcopy());
+    assert!(desc.contains("no migration"), "{desc}");
+    let desc = refusal(client.migrate_pause());
+    assert!(desc.contains("postcopy-active"), "{desc}");
 
     let there = Machine::new(true);
     let mut waiting = there.client();

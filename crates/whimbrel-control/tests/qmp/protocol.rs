@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use whimbrel::{Capability, MigrationStatus};
+use whimbrel::{AnswerStats, Capability, FaultStats, Latency, MigrationInfo, MigrationStatus};
 use whimbrel_control::Client;
 
 use crate::fake::Served;
@@ -139,6 +139,8 @@ fn commands_reach_the_backend_as_they_were_given() {
         ),
         ("migrate-incoming", json!({"uri": "fd:7", "exit-on-error": false})),
         ("migrate-continue", json!({"state": "pre-switchover"})),
+        ("migrate-start-postcopy", json!({})),
+        ("migrate-pause", json!({})),
         ("migrate_cancel", json!({})),
     ];
     for (command, arguments) in requests {
@@ -153,9 +155,15 @@ fn commands_reach_the_backend_as_they_were_given() {
         "migrate-incoming file:/f,offset=4096 true",
         "migrate-incoming fd:7 false",
         "migrate-continue pre-switchover",
+        "migrate-start-postcopy",
+        "migrate-pause",
         "migrate_cancel",
     ];
     assert_eq!(served.fake.calls(), expected);
+    for command in ["migrate-start-postcopy", "migrate-pause"] {
+        raw.refused(&json!({"execute": command, "arguments": {"now": true}}).to_string());
+    }
+    assert_eq!(served.fake.calls().len(), expected.len());
 }
 
 #[test]
@@ -210,6 +218,45 @@ fn query_migrate_is_empty_before_and_full_during_a_migration() {
     let info = raw.value()["return"].clone();
     assert_eq!(info["status"], MigrationStatus::Active.name());
     assert_eq!(info["ram"]["total"], 1 << 30);
+}
+
+#[test]
+fn a_report_on_postcopy_arrives_whole_at_the_client() {
+    let served = Served::new();
+    let latency = Latency { mean: 96.5, p50: 80.0, p90: 150.25, p99: 900.0, max: 1200.0 };
+    let mut dist = vec![0; 24];
+    (dist[6], dist[7]) = (60, 40);
+    let info = MigrationInfo {
+        status: Some(MigrationStatus::PostcopyActive),
+        postcopy_blocktime: Some(3),
+        postcopy_vcpu_blocktime: Some(vec![3, 9]),
+        postcopy_latency: Some(96_500),
+        postcopy_vcpu_latency: Some(vec![96_500, 0]),
+        postcopy_non_vcpu_latency: Some(0),
+        postcopy_latency_dist: Some(dist),
+        faults: Some(FaultStats {
+            count: 100,
+            latency_us: latency,
+            asked_again: 1,
+            came_twice: 2,
+            ..FaultStats::default()
+        }),
+        answers: Some(AnswerStats { count: 90, queued_us: latency, already_sent: 10 }),
+        ..MigrationInfo::default()
+    };
+    served.fake.settings.lock().unwrap().info = info.clone();
+    let mut client = Client::connect(served.endpoint.clone(), Duration::from_secs(10)).unwrap();
+    let report = client.query_migrate().unwrap();
+    assert!(report.status.is_postcopy() && report.status.is_running());
+    assert_eq!(report.info, info);
+    // Under the names that QMP, or its way to name what it does not know, has for them.
+    for name in ["postcopy-blocktime", "postcopy-latency-dist", "x-faults", "x-answers"] {
+        assert!(!report.raw[name].is_null(), "{name}: {}", report.raw);
+    }
+    assert_eq!(report.raw["x-faults"]["latency-us"]["p90"], 150.25);
+    client.migrate_start_postcopy().unwrap();
+    client.migrate_pause().unwrap();
+    assert_eq!(served.fake.calls(), ["migrate-start-postcopy", "migrate-pause"]);
 }
 
 /// Requests with bytes changed, cut out and put in, from a fixed seed: whatever they are, each

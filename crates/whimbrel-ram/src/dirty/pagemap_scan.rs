@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::bits::Returned;
 use super::{DirtyBits, DirtyLog};
 use crate::pagemap::{Pagemap, Query, category, flag};
-use crate::uffd::{self, Userfaultfd};
+use crate::uffd::{self, Faults, Userfaultfd, feature};
 use crate::{BlockIndex, GuestRam, RamBlock, TargetPage};
 
 /// Scans the page tables of this process. Taking protects again what it gives, so
@@ -48,11 +48,12 @@ impl DirtyLog for PagemapScan {
         let mut running = self.running();
         // What was watched before is forgotten: a second userfaultfd is refused otherwise.
         *running = None;
-        let features = uffd::WP_ASYNC | uffd::WP_UNPOPULATED | uffd::WP_HUGETLBFS_SHMEM;
-        let uffd = Userfaultfd::open(features)?;
+        let features = feature::WP_ASYNC | feature::WP_UNPOPULATED | feature::WP_HUGETLBFS_SHMEM;
+        let uffd = Userfaultfd::open(Faults::AtLeastUser, features)?;
         for (_, block) in self.ram.blocks() {
-            uffd.register_write_protect(block).map_err(|error| named(block, &error))?;
-            uffd.write_protect(block).map_err(|error| named(block, &error))?;
+            let register = uffd.register(block.span(), uffd::WRITE_PROTECT);
+            register.map_err(|error| named(block, &error))?;
+            uffd.write_protect(block.span(), true).map_err(|error| named(block, &error))?;
         }
         *running = Some(Running { uffd, pagemap: Pagemap::open()? });
         Ok(())
@@ -92,7 +93,7 @@ impl DirtyLog for PagemapScan {
         if let Some(running) = self.running().take() {
             for (_, block) in self.ram.blocks() {
                 // Closing the userfaultfd does the same should this fail.
-                let _ = running.uffd.unregister(block);
+                let _ = running.uffd.unregister(block.span());
             }
         }
     }

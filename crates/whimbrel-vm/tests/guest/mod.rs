@@ -49,6 +49,31 @@ pub(crate) fn pause_and_check(vm: &ReferenceVm) {
     assert!(check.passed(), "{:?}: {}", check.first_error, vm.serial_output());
 }
 
+/// A guest changes the pages that it is said to write, all kinds of them, and no others.
+pub(crate) fn expect_writes_as_said(config: &Config) {
+    let vm = make(config);
+    vm.resume().expect("resumes");
+    run_for_updates(&vm, 50);
+    pause_and_check(&vm);
+    let digests = |vm: &ReferenceVm| -> Vec<(String, Vec<u64>)> {
+        let all = vm.ram().blocks();
+        all.map(|(_, block)| (block.name().to_owned(), block.page_digests().collect())).collect()
+    };
+    let before = digests(&vm);
+    vm.resume().expect("resumes");
+    run_for_updates(&vm, 50);
+    pause_and_check(&vm);
+    let said = vm.writable_pages();
+    let mut written = vec![0; said.len()];
+    for ((block, before), (_, after)) in before.iter().zip(&digests(&vm)) {
+        for (page, _) in (0..).zip(before.iter().zip(after)).filter(|(_, (one, two))| one != two) {
+            let kind = said.iter().position(|s| s.block == block && s.pages.contains(&page));
+            written[kind.unwrap_or_else(|| panic!("{config:?}: {block}, page {page}"))] += 1;
+        }
+    }
+    assert!(written.iter().all(|&pages| pages > 0), "{config:?}: {said:?}: {written:?}");
+}
+
 /// The other end of a migration that copies memory within this process.
 pub(crate) fn destination(config: &Config) -> Arc<ReferenceVm> {
     make(&Config { incoming: true, ..config.clone() })

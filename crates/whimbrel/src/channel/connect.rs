@@ -13,8 +13,12 @@ use crate::address::Address;
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
-/// Connects to (or creates) what `address` names, for writing.
-pub(crate) fn connect(address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
+/// Connects to (or creates) what `address` names, for writing: the channel `name`.
+pub(crate) fn connect(
+    name: &'static str,
+    address: &Address,
+    cancel: &Cancel,
+) -> Result<Channel, Error> {
     let (fd, kind) = match address {
         Address::Tcp { host, port } => tcp(host, *port, cancel).map(|fd| (fd, Kind::Socket)),
         Address::Unix(path) => unix(path).map(|fd| (fd, Kind::Socket)),
@@ -27,7 +31,7 @@ pub(crate) fn connect(address: &Address, cancel: &Cancel) -> Result<Channel, Err
         }
     }
     .map_err(|source| open_error(address, source, cancel))?;
-    Channel::new("main", fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
+    Channel::new(name, fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
 }
 
 pub(super) fn open_error(address: &Address, source: io::Error, cancel: &Cancel) -> Error {

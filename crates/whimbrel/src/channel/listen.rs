@@ -68,10 +68,11 @@ impl Listener {
         }
     }
 
-    /// Waits for the source. The address is free again afterwards.
-    pub(crate) fn accept(self, cancel: &Cancel) -> Result<Channel, Error> {
-        let address = self.address;
-        let (fd, kind) = match self.socket {
+    /// Waits for the source's next channel, which gets `name`. The address is taken until the
+    /// listener goes.
+    pub(crate) fn accept(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {
+        let address = &self.address;
+        let (fd, kind) = match &self.socket {
             Socket::Tcp(listener) => {
                 let wait = || listener.accept().map(|(stream, _)| stream);
                 accept(listener.as_fd(), cancel, wait).and_then(|stream| {
@@ -83,11 +84,10 @@ impl Listener {
                 let wait = || listener.accept().map(|(stream, _)| stream);
                 accept(listener.as_fd(), cancel, wait).map(|s| (OwnedFd::from(s), Kind::Socket))
             }
-            Socket::Direct => open(&address),
+            Socket::Direct => open(address),
         }
-        .map_err(|source| open_error(&address, source, cancel))?;
-        Channel::new("main", fd, kind, cancel)
-            .map_err(|source| open_error(&address, source, cancel))
+        .map_err(|source| open_error(address, source, cancel))?;
+        Channel::new(name, fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
     }
 }
 

@@ -8,6 +8,7 @@ mod connect;
 mod exec;
 mod fd;
 mod file;
+pub(crate) mod link;
 mod listen;
 
 use std::io;
@@ -43,6 +44,8 @@ pub(crate) struct Channel {
     cancel: Cancel,
     bytes_in: u64,
     bytes_out: u64,
+    /// Each write goes out apart from the next ([`link::hold`]).
+    apart: bool,
 }
 
 impl Channel {
@@ -50,7 +53,37 @@ impl Channel {
         // Files are never waited for; O_NONBLOCK means nothing to them.
         rustix::io::ioctl_fionbio(&fd, !matches!(kind, Kind::File(_)))
             .or_else(|error| if matches!(kind, Kind::Pipe) { Ok(()) } else { Err(error) })?;
-        Ok(Channel { name, fd, kind, cancel: cancel.clone(), bytes_in: 0, bytes_out: 0 })
+        Ok(Channel {
+            name,
+            fd,
+            kind,
+            cancel: cancel.clone(),
+            bytes_in: 0,
+            bytes_out: 0,
+            apart: false,
+        })
+    }
+
+    /// The same connection as a channel of its own, for the other direction.
+    pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
+        let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
+        let kind = Kind::Socket;
+        let cancel = self.cancel.clone();
+        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false })
+    }
+
+    /// Waits until a write is likely to go through, for `timeout` at most.
+    pub(crate) fn ready_to_send(&self, timeout: Option<Duration>) -> Result<Woken, Error> {
+        match self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, timeout) {
+            Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(woken) => Ok(woken),
+            Err(error) => Err(self.error(error, self.bytes_out)),
+        }
+    }
+
+    /// From here on each write goes out apart from the next.
+    pub(crate) fn send_apart(&mut self) {
+        self.apart = true;
     }
 
     /// The channel's name, for errors.
@@ -85,7 +118,7 @@ impl Channel {
                 return Err(Error::Cancelled);
             }
             let sent = match self.kind {
-                Kind::Socket => pieces.send(self.fd.as_fd()),
+                Kind::Socket => pieces.send(self.fd.as_fd(), self.apart),
                 Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.fd.as_fd()),
             };
             match sent {

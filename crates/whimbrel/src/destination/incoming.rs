@@ -4,17 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use whimbrel_ram::{GuestRam, RamBlock, TARGET_PAGE};
+use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE};
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
-    MainOptions, RamRecord, ReturnMessage, xbzrle,
+    MainOptions, RamDiscard, RamRecord, ReturnMessage, xbzrle,
 };
 
 use super::ahead::Ahead;
 use super::input::Input;
 use super::placing::{Place, Placing};
+use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::Channel;
 use crate::error::Error;
+use crate::hello::Features;
 
 const PAGE: usize = TARGET_PAGE.bytes();
 
@@ -22,7 +24,7 @@ const PAGE: usize = TARGET_PAGE.bytes();
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// Who takes the stream in: a VM that runs it or a file that keeps it.
-pub(crate) trait Host {
+pub(crate) trait Host: Send {
     /// The machine that comes, before anything of it does.
     fn configure(&mut self, configuration: &Configuration) -> Result<(), Error>;
 
@@ -35,6 +37,31 @@ pub(crate) trait Host {
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
     fn load(&mut self, devices: Devices) -> Result<(), Error>;
+
+    /// Whether a guest may come before its RAM (capability `postcopy-ram`).
+    fn takes_postcopy(&self) -> bool;
+
+    /// Whether that RAM, all of it, can be placed in pieces of 4 KiB in postcopy.
+    fn takes_small_pieces(&self) -> bool;
+
+    /// As [`load`](Host::load), of a guest whose RAM is still arriving: what is touched of it is
+    /// asked for, and waited for.
+    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error>;
+
+    /// The guest has come, and its RAM is still arriving: the right to run it is here.
+    fn run(&mut self) -> Result<(), Error>;
+
+    /// The threads that will run its vCPUs.
+    fn vcpu_threads(&self) -> Vec<u32>;
+}
+
+/// What has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arrived {
+    /// All of it.
+    Whole,
+    /// The guest comes now, in a package of so many bytes, and then the rest of its RAM.
+    GuestFirst(u32),
 }
 
 /// The devices of a stream, as they came.
@@ -57,6 +84,21 @@ pub(crate) struct Incoming {
     sections: Vec<DeviceSection>,
     loaded: bool,
     placed: Arc<AtomicU64>,
+    /// A postcopy of RAM may follow.
+    advised: bool,
+    agreed: Features,
+    setup: Option<Setup>,
+}
+
+/// The RAM of a stream.
+#[derive(Clone, Debug)]
+struct Setup {
+    announced: Arc<BlockList>,
+    ram: GuestRam,
+    /// The stream's blocks, by their place in its list.
+    blocks: Vec<BlockIndex>,
+    /// Which pages have come, where a postcopy may follow.
+    received: Option<Arc<Received>>,
 }
 
 impl Incoming {
@@ -70,6 +112,9 @@ impl Incoming {
             sections: Vec::new(),
             loaded: false,
             placed: Arc::default(),
+            advised: false,
+            agreed: Features::default(),
+            setup: None,
         }
     }
 
@@ -78,8 +123,9 @@ impl Incoming {
         Incoming { placed, ..self }
     }
 
-    /// Takes the stream in up to where its guest may run: the source has given up the right.
-    pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<(), Error> {
+    /// Takes the stream in up to where its guest may run, because the source has given up the
+    /// right, or up to the package of a postcopy.
+    pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<Arrived, Error> {
         loop {
             self.read_ahead()?;
             let return_path = self.return_path;
@@ -91,16 +137,53 @@ impl Incoming {
                 Some(Decoded::Ram(record)) => self.record(record)?,
                 Some(Decoded::Eof) => {
                     let own = std::mem::take(&mut self.sections);
-                    return self.load(host, Devices::Own(own));
+                    return self.load(host, Devices::Own(own)).map(|()| Arrived::Whole);
                 }
                 Some(Decoded::DeviceState(state)) => {
                     let early = std::mem::take(&mut self.sections);
-                    return self.load(host, Devices::Qemu { early, state });
+                    let devices = Devices::Qemu { early, state };
+                    return self.load(host, devices).map(|()| Arrived::Whole);
                 }
+                Some(Decoded::PackageFollows { len }) => return Ok(Arrived::GuestFirst(len)),
                 Some(other) => self.message(host, other)?,
-                None => return self.finish_at_close(host),
+                None => return self.finish_at_close(host).map(|()| Arrived::Whole),
             }
         }
+    }
+
+    /// Takes the guest in whose package is next, has the host run it, and takes in the rest of its
+    /// RAM.
+    pub(crate) fn receive_rest(
+        &mut self,
+        package: u32,
+        host: &mut dyn Host,
+        terms: &Terms<'_>,
+    ) -> Result<(), Failed> {
+        let refused = |text: &str| Failed::Before(Error::Refused(format!("main channel: {text}")));
+        if !host.takes_postcopy() {
+            return Err(refused(
+                "the source goes over to postcopy, and capability postcopy-ram is off here",
+            ));
+        }
+        let (Some(Setup { announced, ram, blocks, received: Some(received) }), true) =
+            (self.setup.clone(), self.return_path)
+        else {
+            return Err(refused("a package without the return path, or without RAM before it"));
+        };
+        // With it goes the thread that populates memory: what has not come must stay untouched.
+        self.placing = None;
+        let begun = Begun {
+            input: &mut self.input,
+            announced,
+            blocks,
+            ram,
+            received,
+            agreed: self.agreed,
+            own_machine: self.own_machine,
+            early: std::mem::take(&mut self.sections),
+            len: package,
+        };
+        postcopy::run(begun, host, terms)
     }
 
     fn read_ahead(&mut self) -> Result<(), Error> {
@@ -144,7 +227,7 @@ impl Incoming {
                 self.own_machine = configuration.is_whimbrel();
                 host.configure(&configuration)
             }
-            Decoded::RamSetup(announced) => self.setup(host, &announced),
+            Decoded::RamSetup(announced) => self.setup(host, announced),
             Decoded::Command(command) => self.command(host, command),
             Decoded::DeviceSection(section) if self.loaded => Err(Error::Refused(format!(
                 "main channel: device section {} comes after the devices had been loaded",
@@ -170,15 +253,42 @@ impl Incoming {
         }
     }
 
-    fn setup(&mut self, host: &mut dyn Host, announced: &BlockList) -> Result<(), Error> {
-        let ram = host.ram(announced)?;
+    fn setup(&mut self, host: &mut dyn Host, announced: Arc<BlockList>) -> Result<(), Error> {
+        let ram = host.ram(&announced)?;
         let place = |info: &whimbrel_wire::BlockInfo| {
             let name = info.name.as_str().unwrap_or_default();
             ram.find(name).map(|(index, _)| index).expect("the host took every block announced")
         };
-        let blocks = announced.iter().map(|(_, info)| place(info)).collect();
-        let placing = Placing::new(ram.clone(), blocks, host.ram_is_fresh());
-        self.placing = Some(placing.populating_ahead()?);
+        let blocks: Vec<BlockIndex> = announced.iter().map(|(_, info)| place(info)).collect();
+        let received = self.advised.then(|| Arc::new(Received::new(&ram)));
+        let placing = Placing::new(ram.clone(), blocks.clone(), host.ram_is_fresh());
+        self.placing = Some(placing.telling(received.clone()).populating_ahead()?);
+        self.setup = Some(Setup { announced, ram, blocks, received });
+        Ok(())
+    }
+
+    /// What was sent of these ranges has changed since.
+    fn discard(&self, discard: &RamDiscard) -> Result<(), Error> {
+        let wrong = |problem: &str| {
+            Error::Refused(format!(
+                "main channel, before byte {}: discarding a part of block {}: {problem}",
+                self.input.decoder().offset(),
+                discard.block
+            ))
+        };
+        let Some(Setup { ram, received: Some(received), .. }) = &self.setup else {
+            return Err(wrong("no postcopy was announced"));
+        };
+        let name = discard.block.as_str().unwrap_or_default();
+        let (index, block) = ram.find(name).ok_or_else(|| wrong("there is no such block"))?;
+        for range in &discard.ranges {
+            let (start, end) = (range.start.0, range.start.0.saturating_add(range.length));
+            let page = PAGE as u64;
+            if end > block.len() || !start.is_multiple_of(page) || !end.is_multiple_of(page) {
+                return Err(wrong("a range that is no pages of it"));
+            }
+            received.clear(index, start / page..end / page);
+        }
         Ok(())
     }
 
@@ -195,6 +305,11 @@ impl Incoming {
                 self.return_path = true;
                 Ok(())
             }
+            Command::Ping(value) if Features::asked_by(value).is_some() => {
+                let theirs = Features::asked_by(value).unwrap_or_default();
+                self.agreed = theirs.and(Features::of_destination(host.takes_small_pieces()));
+                self.answer(&ReturnMessage::Pong(self.agreed.answer()))
+            }
             Command::Ping(value) => {
                 // Behind the devices of our own machines the question is whether they load.
                 if self.own_machine && !self.sections.is_empty() {
@@ -204,7 +319,12 @@ impl Incoming {
                 self.answer(&ReturnMessage::Pong(value))
             }
             // A source that could go over to postcopy later, and has not yet.
-            Command::PostcopyAdvise(_) | Command::SwitchoverStart => Ok(()),
+            Command::PostcopyAdvise(sizes) => {
+                self.advised = sizes.is_some();
+                Ok(())
+            }
+            Command::RamDiscard(discard) => self.discard(&discard),
+            Command::SwitchoverStart => Ok(()),
             other => Err(unsupported(other.name())),
         }
     }
@@ -271,7 +391,7 @@ fn delta(input: &mut Input, block: &RamBlock, offset: u64, len: usize) -> Result
     let mut delta = [0; PAGE];
     let delta = &mut delta[..len];
     let at = input.decoder().offset();
-    input.take_bytes(delta)?;
+    input.take_bytes(delta, "a delta")?;
     let mut page = [0; PAGE];
     block.read(offset, &mut page)?;
     xbzrle::decode(delta, &mut page).map_err(|source| Error::Delta {

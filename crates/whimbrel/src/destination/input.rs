@@ -160,19 +160,53 @@ impl Input {
         Ok(())
     }
 
-    /// Takes `len` bytes that follow into a buffer.
-    pub(crate) fn take_bytes(&mut self, out: &mut [u8]) -> Result<(), Error> {
+    /// Whether so many bytes are held.
+    pub(super) fn holds(&self, bytes: usize) -> bool {
+        self.end - self.start >= bytes
+    }
+
+    /// Takes `len` bytes that follow, when all of them are held.
+    pub(super) fn take_held(&mut self, len: usize) -> Option<&[u8]> {
+        if !self.holds(len) {
+            return None;
+        }
+        let from = self.start;
+        self.start += len;
+        self.decoder.payload_taken(len as u64);
+        Some(&self.buffer[from..from + len])
+    }
+
+    /// Takes bytes that follow, of `what`, until `out` is full.
+    pub(crate) fn take_bytes(&mut self, out: &mut [u8], what: &str) -> Result<(), Error> {
         let mut done = 0;
         while done < out.len() {
-            if self.start == self.end && self.fill()? == 0 {
-                return Err(self.ended(format!("{} bytes more of a delta", out.len() - done)));
-            }
-            let here = (self.end - self.start).min(out.len() - done);
-            out[done..done + here].copy_from_slice(&self.buffer[self.start..self.start + here]);
-            self.start += here;
-            done += here;
+            done += self.take_some(&mut out[done..], what)?;
         }
         self.decoder.payload_taken(out.len() as u64);
         Ok(())
+    }
+
+    /// Takes `len` bytes that follow, of `what`. Memory is taken for them as they come.
+    pub(super) fn take_many(&mut self, len: usize, what: &str) -> Result<Vec<u8>, Error> {
+        const AT_ONCE: usize = 1 << 20;
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            let done = bytes.len();
+            bytes.resize(len.min(done + AT_ONCE), 0);
+            let got = self.take_some(&mut bytes[done..], what)?;
+            bytes.truncate(done + got);
+        }
+        self.decoder.payload_taken(len as u64);
+        Ok(bytes)
+    }
+
+    fn take_some(&mut self, out: &mut [u8], what: &str) -> Result<usize, Error> {
+        if self.start == self.end && self.fill()? == 0 {
+            return Err(self.ended(format!("{} bytes more of {what}", out.len())));
+        }
+        let here = (self.end - self.start).min(out.len());
+        out[..here].copy_from_slice(&self.buffer[self.start..self.start + here]);
+        self.start += here;
+        Ok(here)
     }
 }

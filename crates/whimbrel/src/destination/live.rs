@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::GuestRam;
+use whimbrel_ram::{AbsentRam, GuestRam};
 use whimbrel_wire::{BlockList, Configuration, DeviceSection};
 
-use super::incoming::{Devices, Host, Incoming};
+use super::incoming::{Arrived, Devices, Host, Incoming};
+use super::postcopy::{Failed, Terms};
 use crate::channel::Listener;
 use crate::error::Error;
 use crate::global_state;
@@ -14,7 +15,7 @@ use crate::report::{EndsFailed, Report};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::vm::DeviceState;
-use crate::worker::Cancel;
+use crate::worker::{Cancel, Links};
 
 /// Everything one incoming migration is given.
 #[derive(Debug)]
@@ -25,8 +26,8 @@ pub(crate) struct Job {
     pub(crate) autostart: bool,
     pub(crate) report: Arc<Report>,
     pub(crate) cancel: Cancel,
-    /// `migrate-pause`.
-    pub(crate) pause: Cancel,
+    /// The connections in postcopy: `migrate-pause`, and the end.
+    pub(crate) links: Links,
 }
 
 impl Job {
@@ -52,39 +53,98 @@ pub(crate) fn run(job: &Job, listener: Listener) {
 }
 
 fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
-    let channel = listener.accept(&job.cancel)?;
+    let channel = listener.accept("main", &job.cancel)?;
     job.set_status(MigrationStatus::Active);
     let mut incoming = Incoming::new(channel);
     let mut waiting = Waiting { job, runs: true };
-    if let Err(error) = incoming.receive(&mut waiting) {
-        incoming.fail();
-        return Err(error);
-    }
-    // The source has given up the right to run the guest: its stream says so.
-    let right = job.guest.right_has_come();
-    let started = match waiting.runs && job.autostart {
-        true => job.guest.resume(&right).map(|()| RunState::Running),
-        false => Ok(RunState::Paused),
-    };
-    match started {
-        Ok(state) => {
-            job.guest.put_right(right, state);
-            job.set_status(MigrationStatus::Completed);
-            // The guest is here and runs: a source that has gone cannot change that.
-            let _ = incoming.finish();
-            Ok(())
-        }
+    let arrived = match incoming.receive(&mut waiting) {
+        Ok(arrived) => arrived,
         Err(error) => {
-            job.guest.put_right(right, RunState::InternalError);
             incoming.fail();
-            Err(error)
+            return Err(error);
+        }
+    };
+    match arrived {
+        Arrived::Whole => {
+            drop(listener); // The address is free again.
+            // The source has given up the right to run the guest: its stream says so.
+            match waiting.start() {
+                Ok(()) => job.set_status(MigrationStatus::Completed),
+                Err(error) => {
+                    incoming.fail();
+                    return Err(error);
+                }
+            }
+        }
+        Arrived::GuestFirst(package) => {
+            let preempt = job.capabilities.has(Capability::PostcopyPreempt);
+            let terms = Terms {
+                report: &job.report,
+                links: &job.links,
+                urgent: preempt.then_some(&listener),
+                blocktime: job.capabilities.has(Capability::PostcopyBlocktime),
+            };
+            job.set_status(MigrationStatus::PostcopyDevice);
+            match incoming.receive_rest(package, &mut waiting, &terms) {
+                Ok(()) => job.set_status(MigrationStatus::Completed),
+                Err(Failed::Before(error)) => {
+                    incoming.fail();
+                    return Err(error);
+                }
+                Err(Failed::After(error, absent)) => {
+                    drop((incoming, listener));
+                    pause(job, &error, *absent);
+                    return Ok(());
+                }
+            }
         }
     }
+    // The guest is here and runs: a source that has gone cannot change that.
+    let _ = incoming.finish();
+    Ok(())
+}
+
+/// The guest runs, and the rest of its RAM does not come: it goes on until it touches that.
+fn pause(job: &Job, error: &Error, absent: AbsentRam) {
+    job.report.set_error(error.to_string());
+    job.set_status(MigrationStatus::PostcopyPaused);
+    job.links.wait_for_end();
+    // Pages that never came must not be taken for zeros: whoever touches them waits until the
+    // process ends.
+    std::mem::forget(absent);
 }
 
 struct Waiting<'j> {
     job: &'j Job,
     runs: bool,
+}
+
+impl Waiting<'_> {
+    /// The right to run the guest has come.
+    fn start(&self) -> Result<(), Error> {
+        let guest = &self.job.guest;
+        let right = guest.right_has_come();
+        let started = match self.runs && self.job.autostart {
+            true => guest.resume(&right).map(|()| RunState::Running),
+            false => Ok(RunState::Paused),
+        };
+        let state = started.as_ref().copied().unwrap_or(RunState::InternalError);
+        guest.put_right(right, state);
+        started.map(|_| ())
+    }
+
+    fn take(&mut self, devices: Devices) -> Result<(), Error> {
+        let Devices::Own(sections) = devices else {
+            return Err(Error::Refused(
+                "main channel: the devices are those of a QEMU: 'whimbrel receive' keeps such a VM"
+                    .into(),
+            ));
+        };
+        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
+        let mut devices = devices?;
+        self.runs = global_state::take(&mut devices)?;
+        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
+    }
 }
 
 impl Host for Waiting<'_> {
@@ -144,16 +204,29 @@ impl Host for Waiting<'_> {
     }
 
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
-        let Devices::Own(sections) = devices else {
-            return Err(Error::Refused(
-                "main channel: the devices are those of a QEMU: 'whimbrel receive' keeps such a VM"
-                    .into(),
-            ));
-        };
-        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
-        let mut devices = devices?;
-        self.runs = global_state::take(&mut devices)?;
-        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
+        self.take(devices)
+    }
+
+    fn takes_postcopy(&self) -> bool {
+        self.job.capabilities.has(Capability::PostcopyRam)
+    }
+
+    fn takes_small_pieces(&self) -> bool {
+        self.job.guest.vm().ram().blocks().all(|(_, block)| AbsentRam::takes_small_pieces(block))
+    }
+
+    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error> {
+        self.take(devices)
+    }
+
+    fn run(&mut self) -> Result<(), Error> {
+        self.start()?;
+        self.job.set_status(MigrationStatus::PostcopyActive);
+        Ok(())
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        self.job.guest.vm().vcpu_threads()
     }
 }
 

@@ -1,11 +1,22 @@
 //! Wire → guest RAM: the destination of a migration.
 //!
 //! [`input`], [`ahead`] and [`placing`] are the road of a page on this side, [`incoming`] goes
-//! through the stream, [`live`] is a VM that waits for it. What keeps a VM instead of running it is in [`crate::kept`].
+//! through the stream, [`live`] is a VM that waits for it. From the package of a postcopy on,
+//! [`postcopy`] goes on with four threads: [`fault`] and [`asked`] ask for pages, [`urgent`] takes
+//! them in, [`assembly`] and [`arriving`] are the road of a page then. What keeps a VM instead of running it is in [`crate::kept`].
 
 mod ahead;
+mod arriving;
+mod asked;
+mod assembly;
+mod blocktime;
+mod fault;
 pub(crate) mod incoming;
 mod input;
 pub(crate) mod live;
+mod outbox;
 mod placing;
 mod populate;
+pub(crate) mod postcopy;
+mod restore;
+mod urgent;

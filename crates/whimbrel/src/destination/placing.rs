@@ -1,6 +1,8 @@
 //! Where the pages of a stream belong, and which have come.
 
-use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, TARGET_PAGE, TargetPage};
+use std::sync::Arc;
+
+use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE, TargetPage};
 
 use super::populate::Populate;
 use crate::error::Error;
@@ -35,6 +37,8 @@ pub(super) struct Placing {
     last: Option<Place>,
     in_a_row: u32,
     populate: Option<Populate>,
+    /// Where a postcopy may follow: which pages have come, also those that are zero.
+    arrived: Option<Arc<Received>>,
 }
 
 impl Placing {
@@ -44,7 +48,28 @@ impl Placing {
             vec![0; usize::try_from(pages.div_ceil(64)).expect("RAM fits in memory")]
         };
         let received = blocks.iter().map(words).collect();
-        Placing { ram, blocks, received, fresh, last: None, in_a_row: 0, populate: None }
+        Placing {
+            ram,
+            blocks,
+            received,
+            fresh,
+            last: None,
+            in_a_row: 0,
+            populate: None,
+            arrived: None,
+        }
+    }
+
+    /// Has `arrived` told which pages have come.
+    pub(super) fn telling(mut self, arrived: Option<Arc<Received>>) -> Placing {
+        self.arrived = arrived;
+        self
+    }
+
+    fn has_arrived(&self, place: Place) {
+        if let Some(arrived) = &self.arrived {
+            arrived.set(self.blocks[place.block], TargetPage::containing(place.offset));
+        }
     }
 
     /// Has memory taken from the host ahead of the pages that come.
@@ -69,6 +94,7 @@ impl Placing {
 
     /// The content of a page has been placed.
     pub(super) fn placed(&mut self, place: Place) {
+        self.has_arrived(place);
         let (word, bit) = Placing::word(place);
         self.received[place.block][word] |= bit;
         let follows = self.last.is_some_and(|last| next(last) == place);
@@ -89,6 +115,7 @@ impl Placing {
 
     /// A page is zero. Untouched memory stays untouched.
     pub(super) fn place_zero(&mut self, place: Place) -> Result<(), Error> {
+        self.has_arrived(place);
         self.last = None;
         self.in_a_row = 0;
         let block = self.block(place);

@@ -10,9 +10,11 @@ use whimbrel_wire::{
 
 use super::KeptSummary;
 use super::layout::Writing;
+use super::touch::{self, Touch};
 use crate::destination::incoming::{Devices, Host};
 use crate::error::Error;
 use crate::source::setup::name;
+use crate::worker::Worker;
 
 /// A machine of any kind that is kept, not run: RAM is made as the source announces it.
 #[derive(Debug)]
@@ -22,11 +24,32 @@ pub(super) struct Keeper {
     ram: Option<GuestRam>,
     /// What is on the disk already, under a name of its own until the source has let go.
     written: Option<(Writing, KeptSummary)>,
+    /// Devices that came before RAM was complete.
+    ahead: Option<Devices>,
+    touch: Touch,
+    toucher: Option<Worker>,
 }
 
 impl Keeper {
-    pub(super) fn new(path: &Path) -> Keeper {
-        Keeper { path: path.into(), configuration: None, ram: None, written: None }
+    pub(super) fn new(path: &Path, touch: Touch) -> Keeper {
+        Keeper {
+            path: path.into(),
+            configuration: None,
+            ram: None,
+            written: None,
+            ahead: None,
+            touch,
+            toucher: None,
+        }
+    }
+
+    /// RAM of a guest that came first is complete: everything goes to the disk.
+    pub(super) fn complete(&mut self) -> Result<(), Error> {
+        self.toucher = None;
+        match self.ahead.take() {
+            Some(devices) => self.load(devices),
+            None => Ok(()),
+        }
     }
 
     /// The source has given its guest away: the file gets its name.
@@ -74,6 +97,31 @@ impl Host for Keeper {
         true // Made above.
     }
 
+    fn takes_postcopy(&self) -> bool {
+        true
+    }
+
+    fn takes_small_pieces(&self) -> bool {
+        true
+    }
+
+    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error> {
+        // Nothing of it is run: it goes into the file when RAM is there.
+        self.ahead = Some(devices);
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), Error> {
+        if let Some(ram) = &self.ram {
+            self.toucher = touch::start(ram.clone(), self.touch)?;
+        }
+        Ok(())
+    }
+
+    fn vcpu_threads(&self) -> Vec<u32> {
+        Vec::new()
+    }
+
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
         let (Some(configuration), Some(ram)) = (&self.configuration, &self.ram) else {
             return Err(Error::Refused("main channel: the stream names no machine type".into()));
@@ -92,6 +140,7 @@ impl Host for Keeper {
             ram_bytes: ram.total_bytes(),
             stored_bytes: pages * TARGET_PAGE.bytes() as u64,
             devices: count,
+            faults: None,
         };
         self.written = Some((writing, summary));
         Ok(())

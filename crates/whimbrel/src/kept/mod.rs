@@ -3,24 +3,29 @@
 //! The file is QEMU's own mapped-ram format, in which every page has a fixed place: a stock QEMU
 //! of 9.0 or later starts from it by itself.
 
+mod by_postcopy;
 mod keeper;
 mod layout;
 mod open;
 mod restore;
+mod touch;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+pub use by_postcopy::ByPostcopy;
 pub use open::KeptVm;
+pub use touch::Touch;
 
 use crate::address::Address;
 use crate::channel::Listener;
-use crate::destination::incoming::Incoming;
+use crate::destination::incoming::{Arrived, Incoming};
+use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
 use crate::report::{Report, Side};
-use crate::status::{MigrationInfo, SocketAddressInfo};
-use crate::worker::Cancel;
+use crate::status::{FaultStats, MigrationInfo, SocketAddressInfo};
+use crate::worker::{Cancel, Links};
 
 /// Takes one migration in and keeps it. Made first, so that the address is bound before the
 /// source is told to connect.
@@ -28,11 +33,14 @@ use crate::worker::Cancel;
 pub struct Receiver {
     listener: Listener,
     cancel: Cancel,
+    links: Links,
     placed: Arc<AtomicU64>,
+    preempt: bool,
+    touch: Touch,
 }
 
 /// What has been kept.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct KeptSummary {
     /// The machine type's full name.
     pub machine: String,
@@ -42,16 +50,22 @@ pub struct KeptSummary {
     pub stored_bytes: u64,
     /// Device sections.
     pub devices: usize,
+    /// The pages that were touched before they had come, if it came by postcopy.
+    pub faults: Option<FaultStats>,
 }
 
 /// Ends what a [`Receiver`] or [`KeptVm`] does, from another thread.
 #[derive(Clone, Debug)]
-pub struct Stop(Cancel);
+pub struct Stop {
+    cancel: Cancel,
+    links: Links,
+}
 
 impl Stop {
     /// Ends it: the operation returns [`Error::Cancelled`] and leaves nothing half written.
     pub fn stop(&self) {
-        self.0.set();
+        self.cancel.set();
+        self.links.end();
     }
 }
 
@@ -59,8 +73,22 @@ impl Receiver {
     /// Binds `address`.
     pub fn bind(address: &Address) -> Result<Receiver, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
+        let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
-        Ok(Receiver { listener, cancel, placed: Arc::default() })
+        let (placed, preempt, touch) = (Arc::default(), false, Touch::Nothing);
+        Ok(Receiver { listener, cancel, links, placed, preempt, touch })
+    }
+
+    /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
+    #[must_use]
+    pub fn with_preempt(self, preempt: bool) -> Receiver {
+        Receiver { preempt, ..self }
+    }
+
+    /// In a postcopy, pages are touched in this order while they come.
+    #[must_use]
+    pub fn touching(self, touch: Touch) -> Receiver {
+        Receiver { touch, ..self }
     }
 
     /// Where it listens, the port chosen included; `None` for what is not listened to.
@@ -70,7 +98,7 @@ impl Receiver {
 
     /// What ends it from another thread.
     pub fn stopper(&self) -> Stop {
-        Stop(self.cancel.clone())
+        Stop { cancel: self.cancel.clone(), links: self.links.clone() }
     }
 
     /// Bytes of RAM placed so far, to be read while [`receive`](Receiver::receive) runs.
@@ -81,17 +109,47 @@ impl Receiver {
     /// Waits for the source, takes everything in, and writes it to `path` before the source is
     /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
-        let mut keeper = keeper::Keeper::new(path);
-        let channel = self.listener.accept(&self.cancel)?;
-        let mut incoming = Incoming::new(channel).with_progress(self.placed);
-        let kept = incoming.receive(&mut keeper).and_then(|()| keeper.keep());
-        if kept.is_err() {
+        let report = Report::new(Side::Destination);
+        let mut keeper = keeper::Keeper::new(path, self.touch);
+        let channel = self.listener.accept("main", &self.cancel)?;
+        let mut incoming = Incoming::new(channel).with_progress(self.placed.clone());
+        let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());
+        let Ok(summary) = kept else {
             incoming.fail();
             return kept;
-        }
+        };
         // It is on the disk: a source that has gone cannot change that.
         let _ = incoming.finish();
-        kept
+        Ok(KeptSummary { faults: report.info().faults, ..summary })
+    }
+
+    fn take_in(
+        &self,
+        incoming: &mut Incoming,
+        keeper: &mut keeper::Keeper,
+        report: &Report,
+    ) -> Result<(), Error> {
+        let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+        let terms = Terms {
+            report,
+            links: &self.links,
+            urgent: self.preempt.then_some(&self.listener),
+            blocktime: false,
+        };
+        match incoming.receive_rest(package, keeper, &terms) {
+            Ok(()) => keeper.complete(),
+            Err(Failed::Before(error)) => Err(error),
+            Err(Failed::After(error, absent)) => {
+                let received = absent.received();
+                let missing = received.missing();
+                // Whoever touches its pages is woken: before its thread is waited for.
+                drop(absent);
+                Err(Error::Refused(format!(
+                    "{error}; the source has given its guest away, and {missing} pages of it have \
+                     not come: nothing was kept"
+                )))
+            }
+        }
     }
 }
 

@@ -52,6 +52,12 @@ impl KeptVm {
         &self.ram
     }
 
+    /// The name of the largest RAM block: the one that a VMM backs with huge pages.
+    pub fn largest_block(&self) -> &str {
+        let largest = self.ram.blocks().max_by_key(|(_, block)| block.len());
+        largest.map_or("", |(_, block)| block.name())
+    }
+
     /// Whether a page's content is in the file; it is zero otherwise.
     pub fn is_present(
         &self,

@@ -2,19 +2,21 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::TargetPage;
+use whimbrel_ram::{BlockIndex, PageSize, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
+use super::by_postcopy::{self, ByPostcopy};
 use super::{KeptVm, Progress, Stop, report};
 use crate::address::Address;
-use crate::channel;
+use crate::channel::{self, Channel};
 use crate::error::Error;
-use crate::report::{add, set};
+use crate::report::{Report, add, set};
 use crate::source::handover;
-use crate::source::setup::{RAM_SECTION, Stream, announce};
+use crate::source::postcopy::Failed;
+use crate::source::setup::{Announcement, RAM_SECTION, Stream};
 use crate::status::{MigrationInfo, MigrationStatus};
-use crate::worker::Cancel;
+use crate::worker::{Cancel, Links};
 
 /// The most bytes of one system call's pages.
 const BATCH_MAX: usize = 2 << 20;
@@ -22,22 +24,24 @@ const BATCH_MAX: usize = 2 << 20;
 /// A kept VM on its way out.
 #[derive(Debug)]
 pub struct Restoring {
-    progress: Progress,
-    cancel: Cancel,
+    pub(super) progress: Progress,
+    pub(super) cancel: Cancel,
+    pub(super) links: Links,
 }
 
 impl KeptVm {
     /// Prepares sending it.
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel })
+        let links = Links::new().map_err(Error::system("making an eventfd"))?;
+        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links })
     }
 }
 
 impl Restoring {
     /// What ends it from another thread.
     pub fn stopper(&self) -> Stop {
-        Stop(self.cancel.clone())
+        Stop { cancel: self.cancel.clone(), links: self.links.clone() }
     }
 
     /// The report, to be read while it is sent.
@@ -48,33 +52,69 @@ impl Restoring {
     /// Sends `vm` to `address` by precopy. The file is only read: what was kept stays kept, also
     /// when the destination has taken it.
     pub fn send(self, vm: &KeptVm, address: &Address) -> Result<MigrationInfo, Error> {
+        self.ended(send(vm, address, &self), MigrationStatus::Failed)
+    }
+
+    /// Sends `vm` to `address` by postcopy: the guest runs there first, and its RAM follows, what
+    /// it touches before everything else.
+    pub fn send_by_postcopy(
+        self,
+        vm: &KeptVm,
+        address: &Address,
+        how: &ByPostcopy,
+    ) -> Result<MigrationInfo, Error> {
+        match by_postcopy::send(vm, address, how, &self) {
+            Ok(()) => self.ended(Ok(()), MigrationStatus::Failed),
+            Err(Failed::Before(error)) => self.ended(Err(error), MigrationStatus::Failed),
+            Err(Failed::After(error)) => self.ended(Err(error), MigrationStatus::PostcopyPaused),
+        }
+    }
+
+    fn ended(
+        &self,
+        outcome: Result<(), Error>,
+        failed: MigrationStatus,
+    ) -> Result<MigrationInfo, Error> {
         let report = &self.progress.0;
-        match send(vm, address, &self) {
+        match outcome {
             Ok(()) => {
                 report.set_status(MigrationStatus::Completed);
                 Ok(report.info())
             }
             Err(error) => {
                 report.set_error(error.to_string());
-                report.set_status(MigrationStatus::Failed);
+                report.set_status(failed);
                 Err(error)
             }
         }
     }
 }
 
-fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
-    let report = &restoring.progress.0;
-    let channel = channel::connect(address, &restoring.cancel)?;
+/// What the stream says of a kept VM before its first page.
+pub(super) fn announce(
+    vm: &KeptVm,
+    channel: Channel,
+    postcopy: bool,
+    units: &dyn Fn(BlockIndex) -> PageSize,
+    report: &Report,
+) -> Result<Stream, Error> {
     let return_path = channel.is_two_way();
     let mut configuration = vm.configuration.clone();
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
-    let mut stream = announce(&configuration, &vm.ram, channel, return_path, |words| {
-        vm.early.iter().for_each(|section| section.encode(words));
-    })?;
+    let announcement =
+        Announcement { configuration: &configuration, ram: &vm.ram, units, return_path, postcopy };
+    let early = |words: &mut Vec<u8>| vm.early.iter().for_each(|section| section.encode(words));
+    let stream = announcement.send(channel, early)?;
     report.setup_is_done();
     report.set_status(MigrationStatus::Active);
+    Ok(stream)
+}
+
+fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
+    let report = &restoring.progress.0;
+    let channel = channel::connect("main", address, &restoring.cancel)?;
+    let mut stream = announce(vm, channel, false, &|_| TARGET_PAGE, report)?;
     send_pages(vm, &mut stream, restoring)?;
     report.set_status(MigrationStatus::Device);
     for section in &vm.devices.sections {

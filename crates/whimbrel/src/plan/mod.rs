@@ -5,8 +5,12 @@
 
 mod downtime;
 mod pace;
+mod share;
 mod throttle;
+mod window;
 
 pub(crate) use downtime::{Convergence, Next};
 pub(crate) use pace::Pace;
+pub(crate) use share::Share;
 pub(crate) use throttle::Throttle;
+pub(crate) use window::{Outflow, Window};

@@ -38,6 +38,14 @@ impl Pace {
         self.paid_until.saturating_sub(now)
     }
 
+    /// How long to wait until what was sent is paid for.
+    pub(crate) fn wait(&self, now: Duration) -> Duration {
+        if self.bytes_per_second == 0 {
+            return Duration::ZERO;
+        }
+        self.paid_until.saturating_sub(now)
+    }
+
     /// How many bytes to send at once, at most `most`: a hundredth of a second's worth, so that a
     /// slow rate is even, and a change of it soon felt.
     pub(crate) fn batch(&self, most: usize) -> usize {

@@ -1,29 +1,42 @@
-//! The return path, as a precopy source needs it: PONG and SHUT.
+//! The return path: what the destination says, read as it comes.
 
 use std::time::{Duration, Instant};
 
-use whimbrel_wire::{ReturnDecoded, ReturnDecoder, ReturnMessage, TargetPage};
+use whimbrel_wire::{BlockOffset, Name, ReturnDecoded, ReturnDecoder, ReturnMessage, TargetPage};
 
 use crate::channel::Channel;
 use crate::error::Error;
+use crate::hello::Features;
 
 /// How long one wait for an answer lasts before it is begun again; only cancellation and the
 /// connection's end bound the whole.
 const LOOK: Duration = Duration::from_secs(3600);
 
-/// What the destination says, read as it comes.
+/// The return path.
 #[derive(Debug)]
 pub(crate) struct Answers {
     decoder: ReturnDecoder,
-    buffer: [u8; 1024],
-    held: usize,
+    buffer: Box<[u8; 4096]>,
+    start: usize,
+    end: usize,
+    pongs: u64,
+    agreed: Option<Features>,
 }
 
-/// An answer that matters in precopy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What the destination says.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Answer {
     /// The answer to a PING.
     Pong(u32),
+    /// The guest waits for these bytes, in postcopy.
+    Request {
+        /// The block; `None` for that of the request before.
+        block: Option<Name>,
+        /// Where they begin.
+        start: BlockOffset,
+        /// How many.
+        len: u32,
+    },
     /// The last word: 0 is success.
     Shut(u32),
     /// The destination closed its direction.
@@ -32,13 +45,44 @@ pub(crate) enum Answer {
 
 impl Answers {
     pub(crate) fn new() -> Answers {
-        Answers { decoder: ReturnDecoder::new(TargetPage::FOUR_KIB), buffer: [0; 1024], held: 0 }
+        Answers {
+            decoder: ReturnDecoder::new(TargetPage::FOUR_KIB),
+            buffer: Box::new([0; 4096]),
+            start: 0,
+            end: 0,
+            pongs: 0,
+            agreed: None,
+        }
+    }
+
+    /// What was agreed on with a destination that is a whimbrel, as far as it has answered.
+    pub(crate) fn agreed(&self) -> Features {
+        self.agreed.unwrap_or_default()
+    }
+
+    /// How many bytes of the return path have been understood.
+    pub(crate) fn offset(&self) -> u64 {
+        self.decoder.offset()
     }
 
     /// Takes what has come already: nothing, PONGs, or the reason why there is no going on.
     pub(crate) fn check(&mut self, channel: &mut Channel) -> Result<(), Error> {
         while let Some(answer) = self.next(channel, Instant::now())? {
-            fail_on_end(answer)?;
+            self.only_pong(answer)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the destination has answered `count` PINGs since the stream began.
+    pub(crate) fn wait_for_pongs(
+        &mut self,
+        channel: &mut Channel,
+        count: u64,
+    ) -> Result<(), Error> {
+        while self.pongs < count {
+            if let Some(answer) = self.next(channel, Instant::now() + LOOK)? {
+                self.only_pong(answer)?;
+            }
         }
         Ok(())
     }
@@ -48,7 +92,7 @@ impl Answers {
         loop {
             match self.next(channel, Instant::now() + LOOK)? {
                 Some(Answer::Pong(found)) if found == value => return Ok(()),
-                Some(answer) => fail_on_end(answer)?,
+                Some(answer) => self.only_pong(answer)?,
                 None => {}
             }
         }
@@ -57,10 +101,8 @@ impl Answers {
     /// Waits for SHUT and gives its value.
     pub(crate) fn wait_for_shut(&mut self, channel: &mut Channel) -> Result<u32, Error> {
         loop {
-            match self.next(channel, Instant::now() + LOOK)? {
-                Some(Answer::Shut(value)) => return Ok(value),
-                Some(Answer::End) => return Err(Error::PeerGone),
-                Some(Answer::Pong(_)) | None => {}
+            if let Some(value) = self.shut_within(channel, LOOK)? {
+                return Ok(value);
             }
         }
     }
@@ -76,56 +118,75 @@ impl Answers {
             match self.next(channel, deadline)? {
                 Some(Answer::Shut(value)) => return Ok(Some(value)),
                 Some(Answer::End) => return Err(Error::PeerGone),
-                Some(Answer::Pong(_)) => {}
+                Some(answer) => self.only_pong(answer)?,
                 None => return Ok(None),
             }
         }
     }
 
-    fn next(&mut self, channel: &mut Channel, deadline: Instant) -> Result<Option<Answer>, Error> {
+    /// Waits until `deadline` for what the destination says next.
+    pub(crate) fn next(
+        &mut self,
+        channel: &mut Channel,
+        deadline: Instant,
+    ) -> Result<Option<Answer>, Error> {
         loop {
-            let input = &self.buffer[..self.held];
             let (used, decoded) = self
                 .decoder
-                .decode(input)
+                .decode(&self.buffer[self.start..self.end])
                 .map_err(|source| Error::Protocol { channel: "return path", source })?;
-            self.buffer.copy_within(used..self.held, 0);
-            self.held -= used;
+            self.start += used;
             match decoded {
                 ReturnDecoded::NeedMore(_) => {}
-                ReturnDecoded::Message(ReturnMessage::Pong(value)) => {
-                    return Ok(Some(Answer::Pong(value)));
-                }
-                ReturnDecoded::Message(ReturnMessage::Shut(value)) => {
-                    return Ok(Some(Answer::Shut(value)));
-                }
-                ReturnDecoded::Message(other) => {
-                    return Err(Error::Refused(format!(
-                        "return path channel: {other:?} has no meaning in precopy"
-                    )));
-                }
+                ReturnDecoded::Message(message) => return self.message(message).map(Some),
                 ReturnDecoded::BitmapFollows { .. }
                 | ReturnDecoded::BitmapEnd
-                | ReturnDecoded::Colo(_) => {
-                    return Err(Error::Refused(
-                        "return path channel: a bitmap or a checkpoint has no meaning in precopy"
-                            .into(),
-                    ));
-                }
+                | ReturnDecoded::Colo(_) => return Err(self.meaningless("a bitmap or checkpoint")),
             }
-            match channel.receive_until(&mut self.buffer[self.held..], deadline)? {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end -= self.start;
+            self.start = 0;
+            match channel.receive_until(&mut self.buffer[self.end..], deadline)? {
                 Some(0) => return Ok(Some(Answer::End)),
-                Some(bytes) => self.held += bytes,
+                Some(bytes) => self.end += bytes,
                 None => return Ok(None),
             }
         }
     }
-}
 
-fn fail_on_end(answer: Answer) -> Result<(), Error> {
-    match answer {
-        Answer::Pong(_) => Ok(()),
-        Answer::Shut(0) | Answer::End => Err(Error::PeerGone),
-        Answer::Shut(_) => Err(Error::PeerFailed),
+    fn message(&mut self, message: ReturnMessage) -> Result<Answer, Error> {
+        match message {
+            ReturnMessage::Pong(value) => {
+                self.pongs += 1;
+                self.agreed = self.agreed.or(Features::agreed_by(value));
+                Ok(Answer::Pong(value))
+            }
+            ReturnMessage::Shut(value) => Ok(Answer::Shut(value)),
+            ReturnMessage::RequestPagesOf { block, start, len } => {
+                Ok(Answer::Request { block: Some(block), start, len })
+            }
+            ReturnMessage::RequestPages { start, len } => {
+                Ok(Answer::Request { block: None, start, len })
+            }
+            other @ (ReturnMessage::RecvBitmap(_)
+            | ReturnMessage::ResumeAck(_)
+            | ReturnMessage::SwitchoverAck) => Err(self.meaningless(&format!("{other:?}"))),
+        }
+    }
+
+    fn only_pong(&self, answer: Answer) -> Result<(), Error> {
+        match answer {
+            Answer::Pong(_) => Ok(()),
+            Answer::Shut(0) | Answer::End => Err(Error::PeerGone),
+            Answer::Shut(_) => Err(Error::PeerFailed),
+            Answer::Request { .. } => Err(self.meaningless("a request for pages")),
+        }
+    }
+
+    fn meaningless(&self, what: &str) -> Error {
+        Error::Refused(format!(
+            "return path channel, before byte {}: {what} has no meaning at this time",
+            self.decoder.offset()
+        ))
     }
 }

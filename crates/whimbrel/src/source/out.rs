@@ -55,6 +55,16 @@ impl Out {
         self.channel
     }
 
+    /// The next page names its block: the destination's memory of the last one is gone.
+    pub(crate) fn name_blocks_again(&mut self) {
+        self.records.forget_last_block();
+    }
+
+    /// The announced blocks.
+    pub(crate) fn blocks(&self) -> &Arc<BlockList> {
+        self.records.blocks()
+    }
+
     /// Bytes sent and bytes gathered so far.
     pub(crate) fn bytes(&self) -> u64 {
         self.channel.bytes_out() + self.gathered() as u64

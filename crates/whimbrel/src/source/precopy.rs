@@ -20,12 +20,21 @@ use crate::status::Event;
 /// How long one PART lasts, so that decisions are taken often enough.
 const PART: Duration = Duration::from_millis(50);
 
+/// How the guest is to be switched over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Switch {
+    /// Little enough is left: all of it goes while the guest stands still.
+    Precopy,
+    /// On request: what is left goes after the guest.
+    Postcopy,
+}
+
 /// The state `active`.
 #[derive(Debug)]
 pub(super) struct Precopy<'j> {
     job: &'j Job,
     map: &'j PageMap,
-    log: Logging<'j>,
+    log: &'j Logging<'j>,
     sweep: Sweep,
     pages: Pages<'j>,
     pace: Pace,
@@ -35,15 +44,20 @@ pub(super) struct Precopy<'j> {
 }
 
 impl<'j> Precopy<'j> {
-    pub(super) fn new(job: &'j Job, map: &'j PageMap, log: Logging<'j>) -> Precopy<'j> {
+    pub(super) fn new(job: &'j Job, map: &'j PageMap, log: &'j Logging<'j>) -> Precopy<'j> {
         let now = job.now();
+        let ram = job.guest.vm().ram();
         Precopy {
             job,
             map,
             log,
             sweep: map.sweep(),
-            pages: Pages::new(job, job.has(Capability::Xbzrle).then(|| Deltas::new(job)))
-                .leave_untouched(),
+            pages: Pages::new(
+                ram,
+                &job.report,
+                job.has(Capability::Xbzrle).then(|| Deltas::new(job)),
+            )
+            .leave_untouched(),
             pace: Pace::new(job.parameters().max_bandwidth, now),
             convergence: Convergence::new(now),
             throttle: Throttle::default(),
@@ -51,20 +65,19 @@ impl<'j> Precopy<'j> {
         }
     }
 
-    pub(super) fn into_log(self) -> Logging<'j> {
-        self.log
-    }
-
     /// Iterates until it is time for the switchover.
-    pub(super) fn run(&mut self, stream: &mut Stream) -> Result<(), Error> {
+    pub(super) fn run(&mut self, stream: &mut Stream) -> Result<Switch, Error> {
         let mut turn_done = false;
         let mut fresh = false;
         loop {
+            if self.job.postcopy.is_set() {
+                return Ok(Switch::Postcopy);
+            }
             let parameters = self.job.parameters();
             let pending = self.map.pending() * TARGET_PAGE.bytes() as u64;
             self.tell(pending);
             match self.convergence.next(pending, fresh, turn_done, &parameters) {
-                Next::SwitchOver => return Ok(()),
+                Next::SwitchOver => return Ok(Switch::Precopy),
                 Next::Sync => {
                     self.sync(stream)?;
                     // What has not been sent once cannot be a delta of anything.
@@ -107,12 +120,15 @@ impl<'j> Precopy<'j> {
         RAM_SECTION.encode_part(stream.out.words());
         let end = self.job.now() + PART;
         let mut turn_done = false;
-        while !turn_done && self.job.now() < end {
+        while !turn_done && self.job.now() < end && !self.job.postcopy.is_set() {
             let before = stream.out.bytes() - stream.out.gathered() as u64;
             self.pace.set_rate(self.job.parameters().max_bandwidth, self.job.now());
             let batch = self.pace.batch(BATCH_MAX);
-            let log = &self.log;
-            turn_done = self.pages.batch(self.map, &mut self.sweep, log, stream, batch)?;
+            let log = self.log;
+            let out = &mut stream.out;
+            turn_done = self.pages.gather(self.map, &mut self.sweep, Some(log), out, batch)?;
+            stream.flush()?;
+            self.pages.sent();
             let bytes = stream.out.bytes() - before;
             add(&self.job.report.counters.precopy_bytes, bytes);
             let wait = self.pace.sent(bytes, self.job.now());

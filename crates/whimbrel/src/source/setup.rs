@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::GuestRam;
+use whimbrel_ram::{BlockIndex, GuestRam, PageSize, TARGET_PAGE};
 use whimbrel_wire::{
-    BlockInfo, BlockList, Command, Configuration, FileHeader, Name, RAM_SECTION as RAM,
+    BlockInfo, BlockList, Command, Configuration, FileHeader, Name, PageSizes, RAM_SECTION as RAM,
     RAM_VERSION, SectionHeader, SectionId, encode_end_of_section,
 };
 
@@ -13,6 +13,7 @@ use super::answers::Answers;
 use super::out::Out;
 use crate::channel::Channel;
 use crate::error::Error;
+use crate::hello::Features;
 use crate::report::set;
 use crate::settings::Capability;
 
@@ -22,6 +23,9 @@ pub(crate) const RAM_SECTION: SectionId = SectionId(0x7fff_ffff);
 
 /// The first PING: its answer shows that the destination reads the main channel.
 const PING_SETUP: u32 = 1;
+
+/// PINGs at the beginning of a stream with a return path: the first, and the question who is there.
+pub(crate) const PINGS_AT_SETUP: u64 = 2;
 
 /// A stream under way, both directions.
 #[derive(Debug)]
@@ -62,36 +66,74 @@ pub(crate) fn begin(job: &Job, channel: Channel) -> Result<Stream, Error> {
         configuration.uuid = vm.uuid();
     }
     set(&job.report.counters.total, vm.ram().total_bytes());
-    let return_path = job.has(Capability::ReturnPath);
-    announce(&configuration, vm.ram(), channel, return_path, |_| {})
+    let ram = vm.ram();
+    let announcement = Announcement {
+        configuration: &configuration,
+        ram,
+        units: &|block| ram.block(block).host_page_size(),
+        return_path: job.wants_answers(),
+        postcopy: job.has(Capability::PostcopyRam),
+    };
+    announcement.send(channel, |_| {})
 }
 
-/// Announces a migration: everything up to the first page. `early` appends the sections that have
-/// to come before RAM.
-pub(crate) fn announce(
-    configuration: &Configuration,
-    ram: &GuestRam,
-    channel: Channel,
-    return_path: bool,
-    early: impl FnOnce(&mut Vec<u8>),
-) -> Result<Stream, Error> {
-    let blocks = Arc::new(block_list(ram)?);
-    let mut out = Out::new(channel, ram.clone(), blocks.clone());
-    let words = out.words();
-    FileHeader.encode(words);
-    configuration.encode(words);
-    if return_path {
-        Command::OpenReturnPath.encode(words);
-        Command::Ping(PING_SETUP).encode(words);
+/// What a stream says of itself before the first page.
+pub(crate) struct Announcement<'a> {
+    pub(crate) configuration: &'a Configuration,
+    pub(crate) ram: &'a GuestRam,
+    /// The page size of each block's backing.
+    pub(crate) units: &'a dyn Fn(BlockIndex) -> PageSize,
+    pub(crate) return_path: bool,
+    /// Whether a postcopy may follow. Needs the return path.
+    pub(crate) postcopy: bool,
+}
+
+impl Announcement<'_> {
+    /// Sends everything up to the first page. `early` appends the sections that have to come
+    /// before RAM.
+    pub(crate) fn send(
+        &self,
+        channel: Channel,
+        early: impl FnOnce(&mut Vec<u8>),
+    ) -> Result<Stream, Error> {
+        let blocks = Arc::new(self.block_list()?);
+        let mut out = Out::new(channel, self.ram.clone(), blocks.clone());
+        let words = out.words();
+        FileHeader.encode(words);
+        self.configuration.encode(words);
+        if self.return_path {
+            Command::OpenReturnPath.encode(words);
+            Command::Ping(PING_SETUP).encode(words);
+            Command::Ping(Features::ALL.question()).encode(words);
+        }
+        if self.postcopy {
+            Command::PostcopyAdvise(Some(self.page_sizes())).encode(words);
+        }
+        early(words);
+        ram_section()?.encode_start(words);
+        blocks.encode(words);
+        encode_end_of_section(words);
+        RAM_SECTION.encode_footer(words);
+        let mut stream = Stream { out, answers: self.return_path.then(Answers::new) };
+        stream.flush()?;
+        Ok(stream)
     }
-    early(words);
-    ram_section()?.encode_start(words);
-    blocks.encode(words);
-    encode_end_of_section(words);
-    RAM_SECTION.encode_footer(words);
-    let mut stream = Stream { out, answers: return_path.then(Answers::new) };
-    stream.flush()?;
-    Ok(stream)
+
+    fn page_sizes(&self) -> PageSizes {
+        let sizes = self.ram.blocks().map(|(index, _)| (self.units)(index).bytes() as u64);
+        let host_summary = sizes.fold(0, std::ops::BitOr::bitor);
+        PageSizes { host_summary, target: TARGET_PAGE.bytes() as u64 }
+    }
+
+    fn block_list(&self) -> Result<BlockList, Error> {
+        let mut list = block_infos(self.ram)?;
+        for ((index, _), info) in self.ram.blocks().zip(&mut list) {
+            let unit = (self.units)(index);
+            // As QEMU does: only where a postcopy may follow, and only what is not ordinary.
+            info.page_size = (self.postcopy && unit != TARGET_PAGE).then_some(unit.bytes() as u64);
+        }
+        made_into_list(list)
+    }
 }
 
 /// The header of the `ram` section.
@@ -99,13 +141,17 @@ pub(crate) fn ram_section() -> Result<SectionHeader, Error> {
     Ok(SectionHeader { id: RAM_SECTION, name: name(RAM)?, instance_id: 0, version_id: RAM_VERSION })
 }
 
-/// The blocks as they are announced.
+/// The blocks as they are announced where no postcopy follows.
 pub(crate) fn block_list(ram: &GuestRam) -> Result<BlockList, Error> {
-    let infos: Result<Vec<BlockInfo>, Error> = ram
-        .blocks()
-        .map(|(_, block)| Ok(BlockInfo::new(name(block.name())?, block.len())))
-        .collect();
-    BlockList::new(infos?)
+    made_into_list(block_infos(ram)?)
+}
+
+fn block_infos(ram: &GuestRam) -> Result<Vec<BlockInfo>, Error> {
+    ram.blocks().map(|(_, block)| Ok(BlockInfo::new(name(block.name())?, block.len()))).collect()
+}
+
+fn made_into_list(infos: Vec<BlockInfo>) -> Result<BlockList, Error> {
+    BlockList::new(infos)
         .map_err(|kind| Error::Refused(format!("these RAM blocks cannot be announced: {kind}")))
 }
 

@@ -53,9 +53,13 @@ pub(super) fn send_rest(
     job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed);
     let before = stream.out.bytes();
     RAM_SECTION.encode_end(stream.out.words());
-    let mut pages = Pages::new(job, None);
+    let mut pages = Pages::new(job.guest.vm().ram(), &job.report, None);
     let mut sweep = map.sweep();
-    while !pages.batch(map, &mut sweep, log, stream, BATCH_MAX)? {
+    let mut turn_done = false;
+    while !turn_done {
+        turn_done = pages.gather(map, &mut sweep, Some(log), &mut stream.out, BATCH_MAX)?;
+        stream.flush()?;
+        pages.sent();
         set(&job.report.counters.transferred, stream.out.bytes());
         set(&job.report.counters.remaining, map.pending() * TARGET_PAGE.bytes() as u64);
     }

@@ -1,0 +1,405 @@
+//! Postcopy: the guest runs here, and the rest of its RAM follows.
+//!
+//! `dest/main` goes on reading the main channel, `dest/urgent` the urgent one; `dest/fault` asks
+//! for what the guest touches; `dest/load` loads the devices and runs the guest, so that pages can
+//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all connections, and its reason is the one told.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::event::PollFlags;
+use whimbrel_ram::{AbsentRam, PageSize, Received, Split, TARGET_PAGE};
+use whimbrel_wire::{
+    BlockList, Command, Decoded, DeviceSection, DeviceState, Package, RamRecord, ReturnMessage,
+};
+
+use super::arriving::{Arriving, Via};
+use super::asked::Asked;
+use super::assembly::Assembly;
+use super::blocktime::Blocktime;
+use super::fault::Asking;
+use super::incoming::{Devices, Host};
+use super::input::Input;
+use super::outbox::Outbox;
+use super::restore;
+use super::urgent::{self, Urgent};
+use crate::channel::Listener;
+use crate::error::Error;
+use crate::hello::Features;
+use crate::report::Report;
+use crate::worker::{Cancel, Links, Role, Woken, scoped};
+
+/// The last command of a package.
+const RUN: usize = 5;
+
+/// How long nothing may arrive, when the source has sent everything and pages are still missing.
+const SILENCE: Duration = Duration::from_secs(30);
+
+/// What a destination has for its guest's RAM to follow.
+pub(crate) struct Terms<'a> {
+    pub(crate) report: &'a Report,
+    pub(crate) links: &'a Links,
+    /// Where the urgent channel comes, with capability `postcopy-preempt`.
+    pub(crate) urgent: Option<&'a Listener>,
+    /// Capability `postcopy-blocktime`.
+    pub(crate) blocktime: bool,
+}
+
+/// The stream up to the package.
+pub(super) struct Begun<'i> {
+    pub(super) input: &'i mut Input,
+    pub(super) announced: Arc<BlockList>,
+    /// The stream's blocks, by their place in its list.
+    pub(super) blocks: Vec<whimbrel_ram::BlockIndex>,
+    pub(super) ram: whimbrel_ram::GuestRam,
+    pub(super) received: Arc<Received>,
+    pub(super) agreed: Features,
+    pub(super) own_machine: bool,
+    /// Sections of a QEMU that came before RAM.
+    pub(super) early: Vec<DeviceSection>,
+    /// The length of the package.
+    pub(super) len: u32,
+}
+
+/// How it failed.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// The guest has not run.
+    Before(Error),
+    /// It runs, on RAM of which a part is missing: that must stay watched.
+    After(Error, Box<AbsentRam>),
+}
+
+/// What the threads have in common.
+struct Shared<'a> {
+    links: &'a Links,
+    /// Ends the waits of all threads but `dest/main`, which heeds the links.
+    stop: Cancel,
+    /// All went well: what ends now, ends because it is told to.
+    over: AtomicBool,
+    outbox: Outbox,
+    /// Set when RUN has come.
+    run: Cancel,
+    /// Set when the guest was given to the host to be run.
+    ran: AtomicBool,
+    /// Why it fails, told by the first thread that knew.
+    reason: Mutex<Option<Error>>,
+}
+
+impl<'a> Shared<'a> {
+    fn new(links: &'a Links) -> Result<Shared<'a>, Error> {
+        let make = || {
+            Ok(Shared {
+                links,
+                stop: Cancel::new()?,
+                over: AtomicBool::new(false),
+                outbox: Outbox::new()?,
+                run: Cancel::new()?,
+                ran: AtomicBool::new(false),
+                reason: Mutex::default(),
+            })
+        };
+        make().map_err(Error::system("making an eventfd"))
+    }
+
+    /// Takes note of an error, and ends all others.
+    fn check<T>(&self, result: Result<T, Error>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(_) if self.over.load(Ordering::SeqCst) => None,
+            Err(error) => {
+                let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
+                reason.get_or_insert(error);
+                drop(reason);
+                self.stop.set();
+                self.links.break_now();
+                None
+            }
+        }
+    }
+
+    fn take_reason(&self) -> Option<Error> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Takes the guest in, and then its RAM. Returns when all of it is there.
+pub(super) fn run(
+    begun: Begun<'_>,
+    host: &mut (dyn Host + Send),
+    terms: &Terms<'_>,
+) -> Result<(), Failed> {
+    let before = |error| Failed::Before(error);
+    let package = read_package(begun.input, begun.len).map_err(before)?;
+    let split = match begun.agreed.has(Features::SMALL_PIECES) {
+        true => Split::Small,
+        false => Split::Whole,
+    };
+    let absent = AbsentRam::watch(&begun.ram, begun.received.clone(), split)
+        .map_err(Error::system("watching for page faults"))
+        .map_err(before)?;
+    let units = request_units(&begun, &absent).map_err(before)?;
+    let blocktime = Blocktime::new(terms.blocktime);
+    let asked = Arc::new(Asked::new(&absent, units, blocktime));
+    terms.report.set_faults(asked.clone());
+    let shared = Shared::new(terms.links).map_err(before)?;
+    let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
+    let reason = match (result, shared.take_reason()) {
+        (Ok(()), None) => {
+            return absent
+                .finish()
+                .map_err(Error::system("letting go of guest RAM"))
+                .map_err(before);
+        }
+        (_, Some(reason)) | (Err(reason), None) => reason,
+    };
+    match shared.ran.load(Ordering::SeqCst) {
+        true => Err(Failed::After(reason, Box::new(absent))),
+        false => Err(Failed::Before(reason)),
+    }
+}
+
+/// All of the package but its last command, and then it.
+fn read_package(input: &mut Input, len: u32) -> Result<Vec<u8>, Error> {
+    let len = usize::try_from(len).expect("32 bits fit");
+    let Some(without_run) = len.checked_sub(RUN) else {
+        return Err(Error::Refused(format!("main channel: a package of {len} bytes has no RUN")));
+    };
+    input.take_many(without_run, "the package of devices")
+}
+
+/// How much a request is for: whole pages of the source's backing, or what is placed here, where
+/// both are whimbrels.
+fn request_units(begun: &Begun<'_>, absent: &AbsentRam) -> Result<Box<[PageSize]>, Error> {
+    let mut units = vec![TARGET_PAGE; begun.ram.block_count()].into_boxed_slice();
+    for (&index, (_, info)) in begun.blocks.iter().zip(begun.announced.iter()) {
+        let announced = info.page_size.map_or(Some(TARGET_PAGE), |bytes| {
+            PageSize::new(usize::try_from(bytes).unwrap_or(usize::MAX))
+        });
+        let (here, name) = (absent.unit(index), &info.name);
+        units[index.index()] = match announced {
+            _ if begun.agreed.has(Features::SMALL_PIECES) && here == TARGET_PAGE => TARGET_PAGE,
+            Some(there) if there >= here => there,
+            _ => {
+                return Err(Error::Mismatch {
+                    what: format!("page size of RAM block {name}"),
+                    source_has: format!("{} bytes", info.page_size.unwrap_or(4096)),
+                    here: format!("{} bytes", here.bytes()),
+                });
+            }
+        };
+    }
+    Ok(units)
+}
+
+/// The four threads.
+fn receive(
+    begun: Begun<'_>,
+    package: &[u8],
+    absent: &AbsentRam,
+    asked: &Asked,
+    host: &mut (dyn Host + Send),
+    terms: &Terms<'_>,
+    shared: &Shared<'_>,
+) -> Result<(), Error> {
+    let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
+    let spawning = || Error::system("starting a thread");
+    let links = terms.links.current();
+    let Begun { input, announced, blocks, early, own_machine, .. } = begun;
+    let arriving = Arriving::new(absent, asked, blocks, new_cancel()?);
+    let (devices, pings) = devices(package, early, own_machine, input)?;
+    input.channel().heed(links.clone());
+    let mut output = input.channel().other_direction("return path")?;
+    output.heed(shared.stop.clone());
+    let done = new_cancel()?;
+    let asking = Asking {
+        arriving: &arriving,
+        outbox: &shared.outbox,
+        output,
+        stop: shared.stop.clone(),
+        done: done.clone(),
+        last: None,
+    };
+    thread::scope(|scope| {
+        let run = || {
+            let asking = scoped(scope, Role::DestinationFault, || shared.check(asking.run()))
+                .map_err(spawning())?;
+            if let Some(listener) = terms.urgent {
+                let arriving = &arriving;
+                let body =
+                    move || shared.check(take_urgent(listener, announced, arriving, &shared.stop));
+                scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
+            }
+            if restore::is_of_use(absent) {
+                let body = || shared.check(restore::run(absent, &shared.stop));
+                scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
+            }
+            let body = move || shared.check(load(devices, &pings, host, asked, shared));
+            let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;
+            take_run(input)?;
+            shared.run.set();
+            take_pages(input, &arriving, &shared.outbox)?;
+            wait_for_all(&arriving, &links)?;
+            if !matches!(loading.join(), Ok(Some(()))) {
+                return Err(Error::Cancelled); // It has told why.
+            }
+            done.set();
+            if !matches!(asking.join(), Ok(Some(()))) {
+                return Err(Error::Cancelled);
+            }
+            Ok(())
+        };
+        shared.check(run());
+        // The urgent channel is the source's to end, and it need not.
+        shared.over.store(true, Ordering::SeqCst);
+        shared.stop.set();
+    });
+    Ok(())
+}
+
+/// The devices of a package, and the PINGs to be answered when they are loaded.
+fn devices(
+    package: &[u8],
+    early: Vec<DeviceSection>,
+    own_machine: bool,
+    input: &Input,
+) -> Result<(Devices, Vec<u32>), Error> {
+    let base = input.decoder().offset() - package.len() as u64;
+    let mut whole = package.to_vec();
+    Command::PostcopyRun.encode(&mut whole);
+    let Package { sections, pings } =
+        Package::decode(&whole, base, input.decoder().delimiting())
+            .map_err(|source| Error::Protocol { channel: Via::Main.name(), source })?;
+    let devices = match own_machine {
+        true => Devices::Own(sections),
+        false => Devices::Qemu {
+            early,
+            state: Box::new(DeviceState { sections, ..DeviceState::default() }),
+        },
+    };
+    Ok((devices, pings))
+}
+
+/// The body of `dest/load`.
+fn load(
+    devices: Devices,
+    pings: &[u32],
+    host: &mut (dyn Host + Send),
+    asked: &Asked,
+    shared: &Shared<'_>,
+) -> Result<(), Error> {
+    host.load_ahead(devices)?;
+    for ping in pings {
+        shared.outbox.push(&ReturnMessage::Pong(*ping))?;
+    }
+    let woken = shared
+        .stop
+        .wait(shared.run.as_fd(), PollFlags::IN, None)
+        .map_err(Error::system("waiting for RUN"))?;
+    if woken == Woken::Cancelled {
+        return Err(Error::Cancelled);
+    }
+    asked.set_vcpus(host.vcpu_threads());
+    shared.ran.store(true, Ordering::SeqCst);
+    host.run()
+}
+
+/// The last command of the package: from here on the guest is ours.
+fn take_run(input: &mut Input) -> Result<(), Error> {
+    let at = input.decoder().offset();
+    let mut run = Vec::with_capacity(RUN);
+    Command::PostcopyRun.encode(&mut run);
+    match input.take_many(RUN, "RUN, the end of the package")? {
+        found if found == run => Ok(()),
+        _ => Err(Error::Refused(format!(
+            "main channel, byte {at}: the package ends in something else than POSTCOPY_RUN"
+        ))),
+    }
+}
+
+/// The body of `dest/urgent`.
+fn take_urgent(
+    listener: &Listener,
+    announced: Arc<BlockList>,
+    arriving: &Arriving<'_>,
+    stop: &Cancel,
+) -> Result<(), Error> {
+    let channel = listener.accept("urgent", stop)?;
+    match Urgent::new(channel, announced, arriving).run(arriving)? {
+        urgent::Ended::Closed if !arriving.is_complete() => Err(Error::Refused(
+            "urgent channel: the source closed it before every page had come".into(),
+        )),
+        urgent::Ended::Closed | urgent::Ended::Mark => Ok(()),
+    }
+}
+
+/// The rest of the main channel.
+fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Result<(), Error> {
+    let mut assembly = Assembly::new(arriving, Via::Main);
+    let mut content = [0; TARGET_PAGE.bytes()];
+    loop {
+        if !input.holds(PAGE_RECORD) {
+            // What comes next may have to be waited for.
+            assembly.place_run()?;
+        }
+        let read = Instant::now();
+        match input.next(|_, _| Ok(()))? {
+            Some(Decoded::Ram(RamRecord::PageFollows { block, offset, .. })) => {
+                let block = arriving.block(block);
+                match input.take_held(content.len()) {
+                    Some(held) => assembly.page(block, offset.0, held, read)?,
+                    None => {
+                        input.take_bytes(&mut content, "a page")?;
+                        assembly.page(block, offset.0, &content, read)?;
+                    }
+                }
+            }
+            Some(Decoded::Ram(RamRecord::Zero { block, offset })) => {
+                assembly.zero(arriving.block(block), offset.0, read)?;
+            }
+            Some(Decoded::Command(Command::Ping(value))) => {
+                outbox.push(&ReturnMessage::Pong(value))?;
+            }
+            Some(Decoded::Eof) => return assembly.finish(),
+            Some(
+                Decoded::Ram(RamRecord::EndOfSection)
+                | Decoded::SectionPart(_)
+                | Decoded::SectionEnd(_)
+                | Decoded::Footer(_),
+            ) => {}
+            Some(other) => {
+                return Err(Error::Refused(format!(
+                    "main channel, before byte {}: {other:?} has no meaning in postcopy",
+                    input.decoder().offset()
+                )));
+            }
+            None => return Err(input.ended("the rest of RAM")),
+        }
+    }
+}
+
+/// A page and its record, as most of them are.
+const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
+
+/// The source has sent everything: what is still on its way on the urgent channel comes soon.
+fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel) -> Result<(), Error> {
+    let mut missing = arriving.absent.received().missing();
+    loop {
+        let woken = links
+            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(SILENCE))
+            .map_err(Error::system("waiting for the last pages"))?;
+        let left = arriving.absent.received().missing();
+        match woken {
+            Woken::Ready => return Ok(()),
+            Woken::Cancelled => return Err(Error::Cancelled),
+            Woken::TimedOut if left < missing => missing = left,
+            Woken::TimedOut => {
+                return Err(Error::Refused(format!(
+                    "main channel: the source has sent everything, and {left} pages never came"
+                )));
+            }
+        }
+    }
+}

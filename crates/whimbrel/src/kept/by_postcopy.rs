@@ -1,0 +1,150 @@
+//! Sending a kept VM by postcopy: its guest runs at the destination at once, on RAM that is still
+//! in the file.
+
+use whimbrel_ram::dirty::DirtyBits;
+use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE, TargetPage};
+
+use super::KeptVm;
+use super::restore::{Restoring, announce};
+use crate::address::Address;
+use crate::channel;
+use crate::error::Error;
+use crate::settings::Parameters;
+use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
+use crate::source::setup::PINGS_AT_SETUP;
+use crate::status::MigrationStatus;
+
+/// How a kept VM goes by postcopy.
+#[derive(Clone, Debug, Default)]
+pub struct ByPostcopy {
+    /// The destination has capability `postcopy-preempt` on: what the guest waits for goes on a
+    /// connection of its own.
+    pub preempt: bool,
+    /// Page sizes of the destination's memory other than 4 KiB, by block. It insists on being told
+    /// the same sizes as it has, and on whole pages of them.
+    pub page_sizes: Vec<(String, PageSize)>,
+    /// Bytes a second that nobody asked for (`max-postcopy-bandwidth`); 0 is without limit.
+    pub max_bandwidth: u64,
+}
+
+/// Nobody runs a VM that is in a file: there is no right to give up.
+struct Kept<'a>(&'a Restoring);
+
+impl HandOver for Kept<'_> {
+    fn give_up(&mut self) {}
+
+    fn take_back(&mut self) {}
+
+    fn gone(&mut self) {
+        self.0.progress.0.set_status(MigrationStatus::PostcopyActive);
+    }
+}
+
+pub(super) fn send(
+    vm: &KeptVm,
+    address: &Address,
+    how: &ByPostcopy,
+    restoring: &Restoring,
+) -> Result<(), Failed> {
+    let report = &*restoring.progress.0;
+    let ends_with_mark = is_up_to_7_2(&vm.machine());
+    let prepare = || {
+        let units = units(vm, &how.page_sizes)?;
+        let channel = channel::connect("main", address, &restoring.cancel)?;
+        if !channel.is_two_way() {
+            return Err(Error::Refused(format!(
+                "{address}: postcopy needs a way back, which this transport has not: \
+                 use tcp: or unix:"
+            )));
+        }
+        let unit = |block: BlockIndex| units[block.index()];
+        let mut stream = announce(vm, channel, true, &unit, report)?;
+        let open = || postcopy::open_urgent(address, &restoring.cancel);
+        // A QEMU up to 7.2 waits for this connection before it reads anything.
+        let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
+        let answers = stream.answers.as_mut().expect("the channel is two-way");
+        answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
+        let agreed = answers.agreed();
+        let urgent = match early {
+            None if how.preempt => Some(open()?),
+            early => early,
+        };
+        let map = PageMap::with_units(&vm.ram, unit);
+        map.fill();
+        Ok((stream, urgent, postcopy::map_for(agreed, &vm.ram, map)))
+    };
+    let (stream, urgent, map) = prepare().map_err(Failed::Before)?;
+    report.guest_stops();
+    report.set_status(MigrationStatus::Device);
+    let parameters =
+        Parameters { max_postcopy_bandwidth: how.max_bandwidth, ..Parameters::default() };
+    let postcopy = Postcopy {
+        ram: &vm.ram,
+        report,
+        parameters: &|| parameters.clone(),
+        cancel: &restoring.cancel,
+        links: &restoring.links,
+        content: Some(content(vm)),
+        urgent_ends_with_mark: ends_with_mark,
+    };
+    postcopy.run(&map, stream, urgent, vm.devices.sections.clone(), &mut Kept(restoring))
+}
+
+/// The page size of each block at the destination.
+fn units(vm: &KeptVm, sizes: &[(String, PageSize)]) -> Result<Vec<PageSize>, Error> {
+    let mut units = vec![TARGET_PAGE; vm.ram.block_count()];
+    for (name, size) in sizes {
+        let Some((index, block)) = vm.ram.find(name) else {
+            let names: Vec<&str> = vm.ram.blocks().map(|(_, block)| block.name()).collect();
+            let names = names.join(", ");
+            return Err(Error::Refused(format!(
+                "page size of RAM block {name}: the kept VM has no such block, only {names}"
+            )));
+        };
+        if !block.len().is_multiple_of(size.bytes() as u64) {
+            let len = block.len();
+            return Err(Error::Refused(format!(
+                "page size of RAM block {name}: its {len} bytes are no multiple of {size}"
+            )));
+        }
+        units[index.index()] = *size;
+    }
+    Ok(units)
+}
+
+/// The pages that are not zero.
+fn content(vm: &KeptVm) -> DirtyBits {
+    let mut content = DirtyBits::none(&vm.ram);
+    for (index, block) in vm.ram.blocks() {
+        for page in (0..block.target_pages()).map(TargetPage) {
+            if vm.is_present(index, page) {
+                content.insert(index, page, 1);
+            }
+        }
+    }
+    content
+}
+
+/// Whether a machine type is of QEMU 7.2 or before, by the version its name ends in.
+fn is_up_to_7_2(machine: &str) -> bool {
+    let version = machine.rsplit('-').next().and_then(|text| {
+        let (major, minor) = text.split_once('.')?;
+        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
+    });
+    version.is_some_and(|version| version <= (7, 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_are_told_apart_by_their_version() {
+        for old in ["pc-q35-7.2", "pc-i440fx-6.0", "virt-5.12"] {
+            assert!(is_up_to_7_2(old), "{old}");
+        }
+        for new in ["pc-q35-8.0", "pc-q35-10.0", "microvm", "whimbrel-vm-1", "pc-q35-7.10"] {
+            assert!(!is_up_to_7_2(new), "{new}");
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! How much of the link the background takes, so that an urgent page finds it empty.
+//!
+//! A page that somebody waits for travels on a connection of its own, but through the same queue
+//! of the same link, and a connection that is sent as fast as it goes keeps that queue full. So
+//! the background is held a little below what the link can carry. How much that is only a full
+//! link tells: for a few milliseconds in each fifth of a second the background is held by its
+//! window alone, which fills the link with a queue as short as we like, and is measured.
+//!
+//! While nobody waits there is no rate, only a window wide enough that nothing is lost.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use crate::channel::link::{Facts, Flow};
+
+/// The queue that a probe may build, as time.
+const PROBE_QUEUE: Duration = Duration::from_micros(120);
+
+/// The window beside a rate, as time: a bound for the queue where the rate is wrong, and enough for
+/// the thread that fills it to come late.
+const PACED_QUEUE: Duration = Duration::from_micros(250);
+
+/// A round trip longer than the shortest by this shows a queue, which a rate must not leave.
+const QUEUE_SEEN: Duration = Duration::from_micros(125);
+
+/// The queue that may build while nobody waits.
+const IDLE_QUEUE: Duration = Duration::from_millis(4);
+
+/// Thousandths of the link that the background takes while somebody waits.
+const SHARE: u64 = 965;
+
+/// What it takes at the least, if a queue shows nevertheless: what looks like a queue may as well be
+/// a processor that is busy.
+const SHARE_LEAST: u64 = 900;
+
+/// Nobody waits when nobody has asked for so long.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// A probe takes at least this, and the paced phase after it this many times as long.
+const PROBE: Duration = Duration::from_millis(8);
+const PACED_PROBES: u32 = 24;
+const PACED_MOST: Duration = Duration::from_secs(2);
+
+/// How long the best rate counts.
+const MEMORY: Duration = Duration::from_millis(700);
+
+/// For so long the background does not hold back after it was seen to be of no use.
+const RELEASE: Duration = Duration::from_secs(2);
+
+/// A window below this starves the sender, whatever the link.
+const WINDOW_LEAST: u64 = 16 << 10;
+const WINDOW_MOST: u64 = 64 << 20;
+
+/// The first window, and the least while nobody waits.
+const WINDOW_FIRST: u64 = 64 << 10;
+const IDLE_LEAST: u64 = 256 << 10;
+
+/// A rate below this is one that was not measured.
+const RATE_LEAST: u64 = 1 << 20;
+const CORRECTION_MOST: u64 = 1300;
+
+/// One call to the kernel sends this much: what is in front of an urgent page at the least.
+const PIECE: Duration = Duration::from_micros(70);
+const PIECE_LEAST: usize = 8 << 10;
+const PIECE_MOST: usize = 64 << 10;
+
+/// What to do until [`Window::next`] is asked again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outflow {
+    /// How the connection is held.
+    pub(crate) flow: Flow,
+    /// Bytes to send at once, about.
+    pub(crate) piece: usize,
+    /// When to ask again.
+    pub(crate) again: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing is known: the window grows with the rate until the rate no longer follows.
+    Startup { stalls: u32 },
+    /// Nobody waits: a wide window. `shortest` is the shortest round trip seen.
+    Idle { shortest: Duration },
+    /// Held by a short window, to see what the link can carry, which counts from `from`.
+    Probe { from: Duration },
+    /// Held by a rate.
+    Paced { target: u64, shortest: Duration, starved: bool },
+    /// Holding back was of no use: others fill the queue.
+    Released,
+}
+
+/// Holds the background to what leaves the link's queue empty.
+#[derive(Debug)]
+pub(crate) struct Window {
+    phase: Phase,
+    /// When the phase ends, for those that end by the clock.
+    until: Duration,
+    /// Since when a rate is being measured, and the bytes acknowledged by then.
+    mark: Option<(Duration, u64)>,
+    /// Rates measured, with their times.
+    rates: VecDeque<(Duration, u64)>,
+    /// Thousandths of the rate that is meant that have to be set for it to be reached: the kernel
+    /// sends a little late.
+    correction: u64,
+    /// When the rate was adjusted.
+    adjusted: Duration,
+}
+
+impl Window {
+    pub(crate) fn new() -> Window {
+        Window {
+            phase: Phase::Startup { stalls: 0 },
+            until: Duration::ZERO,
+            mark: None,
+            rates: VecDeque::new(),
+            correction: 1000,
+            adjusted: Duration::ZERO,
+        }
+    }
+
+    /// Bytes a second that the link can carry, as far as it is known.
+    pub(crate) fn link_rate(&self) -> u64 {
+        self.rates.iter().map(|&(_, rate)| rate).max().unwrap_or(0)
+    }
+
+    /// What to do from `now` on. `waited` is how long ago a page was last asked for; `None` when
+    /// there never was one.
+    pub(crate) fn next(
+        &mut self,
+        now: Duration,
+        facts: &Facts,
+        waited: Option<Duration>,
+    ) -> Outflow {
+        let facts = &sane(facts);
+        let awaited = waited.is_some_and(|waited| waited < PATIENCE);
+        match self.phase {
+            Phase::Startup { stalls } => self.startup(now, facts, stalls, awaited),
+            Phase::Idle { .. } if awaited => self.pace(now, facts),
+            Phase::Idle { shortest } => self.idle_on(now, facts, shortest.min(facts.rtt)),
+            Phase::Probe { .. } | Phase::Paced { .. } if !awaited => self.idle(now, facts),
+            Phase::Probe { from } => self.probe_on(now, facts, from),
+            Phase::Paced { target, shortest, starved } => {
+                // A socket that ran empty: there was nothing to send, or we came late.
+                let starved = starved || facts.outstanding == 0;
+                self.pace_on(now, facts, target, shortest.min(facts.rtt), starved);
+            }
+            Phase::Released => self.released_on(now, facts, awaited),
+        }
+        self.outflow(facts)
+    }
+
+    fn startup(&mut self, now: Duration, facts: &Facts, stalls: u32, awaited: bool) {
+        const STALLS: u32 = 3;
+        let best = self.link_rate();
+        let Some(rate) = self.measured(now, facts, (PROBE / 2).max(2 * facts.rtt)) else { return };
+        self.learn(now, rate);
+        let stalls = if rate > best + best / 4 { 0 } else { stalls + 1 };
+        match (stalls < STALLS, awaited) {
+            (true, _) => self.phase = Phase::Startup { stalls },
+            (false, true) => self.pace(now, facts),
+            (false, false) => self.idle(now, facts),
+        }
+    }
+
+    fn idle(&mut self, now: Duration, facts: &Facts) {
+        self.phase = Phase::Idle { shortest: Duration::MAX };
+        self.until = now + PACED_PROBES * probe_time(facts);
+        self.mark = Some((now, facts.acked));
+    }
+
+    fn idle_on(&mut self, now: Duration, facts: &Facts, shortest: Duration) {
+        self.phase = Phase::Idle { shortest };
+        if let Some(rate) = self.measured(now, facts, probe_time(facts)) {
+            self.learn(now, rate);
+        }
+        if now >= self.until {
+            if self.in_vain(shortest, facts, IDLE_QUEUE) {
+                self.release(now, facts);
+            } else {
+                self.idle(now, facts);
+            }
+        }
+    }
+
+    fn probe(&mut self, now: Duration, facts: &Facts) {
+        // What is acknowledged during the first round trip was sent before.
+        let from = now + facts.rtt + PROBE / 8;
+        self.phase = Phase::Probe { from };
+        self.until = from + probe_time(facts);
+        self.mark = None;
+    }
+
+    fn probe_on(&mut self, now: Duration, facts: &Facts, from: Duration) {
+        if now < from {
+            return;
+        }
+        if self.mark.is_none() {
+            self.mark = Some((now, facts.acked));
+            self.until = now + probe_time(facts);
+        }
+        if now >= self.until {
+            if let Some(rate) = self.measured(now, facts, Duration::ZERO) {
+                self.learn(now, rate);
+            }
+            self.pace(now, facts);
+        }
+    }
+
+    fn pace(&mut self, now: Duration, facts: &Facts) {
+        let target = share(self.link_rate(), SHARE);
+        self.phase = Phase::Paced { target, shortest: Duration::MAX, starved: false };
+        self.until = now + (PACED_PROBES * probe_time(facts)).min(PACED_MOST);
+        self.mark = Some((now, facts.acked));
+    }
+
+    fn pace_on(
+        &mut self,
+        now: Duration,
+        facts: &Facts,
+        target: u64,
+        shortest: Duration,
+        starved: bool,
+    ) {
+        self.phase = Phase::Paced { target, shortest, starved };
+        if now < self.until {
+            return self.adjust(now, facts);
+        }
+        if self.in_vain(shortest, facts, PACED_QUEUE) {
+            return self.release(now, facts);
+        }
+        let most = share(self.link_rate(), SHARE);
+        let reached = self.measured(now, facts, Duration::ZERO).unwrap_or(0);
+        let queued = shortest.saturating_sub(facts.min_rtt) > PACED_QUEUE / 4;
+        if reached > 0 && !starved && !queued && target == most {
+            let needed = u128::from(self.correction) * u128::from(target) / u128::from(reached);
+            self.correction =
+                u64::try_from(needed).unwrap_or(u64::MAX).clamp(1000, CORRECTION_MOST);
+        } else {
+            self.correction -= (self.correction - 1000) / 4;
+        }
+        self.probe(now, facts);
+    }
+
+    /// Gives way a little where a queue shows, and takes it back where none does.
+    fn adjust(&mut self, now: Duration, facts: &Facts) {
+        if now < self.adjusted + (PROBE / 4).max(2 * facts.rtt) {
+            return;
+        }
+        self.adjusted = now;
+        let (least, most) = (share(self.link_rate(), SHARE_LEAST), share(self.link_rate(), SHARE));
+        let seen = facts.rtt > facts.min_rtt + facts.min_rtt / 4 + QUEUE_SEEN;
+        if let Phase::Paced { target, .. } = &mut self.phase {
+            let wanted = if seen { share(*target, 980) } else { share(*target, 1005) };
+            *target = wanted.clamp(least, most);
+        }
+    }
+
+    fn release(&mut self, now: Duration, facts: &Facts) {
+        self.phase = Phase::Released;
+        self.until = now + RELEASE;
+        self.mark = Some((now, facts.acked));
+    }
+
+    fn released_on(&mut self, now: Duration, facts: &Facts, awaited: bool) {
+        if let Some(rate) = self.measured(now, facts, probe_time(facts)) {
+            self.learn(now, rate);
+        }
+        if now >= self.until {
+            if awaited { self.pace(now, facts) } else { self.idle(now, facts) }
+        }
+    }
+
+    /// Whether the queue was never as short as our window must have made it, if it were ours.
+    fn in_vain(&self, shortest: Duration, facts: &Facts, queue: Duration) -> bool {
+        const SLACK: Duration = Duration::from_millis(2);
+        let ours = time(self.window(facts, queue), self.link_rate()).max(queue);
+        shortest != Duration::MAX && shortest > facts.min_rtt + facts.min_rtt / 4 + 3 * ours + SLACK
+    }
+
+    /// The rate since the mark, and a new mark, if `least` has gone by.
+    fn measured(&mut self, now: Duration, facts: &Facts, least: Duration) -> Option<u64> {
+        let Some((since, acked)) = self.mark else {
+            self.mark = Some((now, facts.acked));
+            return None;
+        };
+        let elapsed = now.saturating_sub(since);
+        if elapsed < least.max(Duration::from_millis(1)) {
+            return None;
+        }
+        self.mark = Some((now, facts.acked));
+        let bytes = u128::from(facts.acked.saturating_sub(acked));
+        Some(u64::try_from(bytes * 1_000_000 / elapsed.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    fn learn(&mut self, now: Duration, rate: u64) {
+        self.rates.push_back((now, rate));
+        while self.rates.len() > 1 && self.rates[0].0 + MEMORY < now {
+            self.rates.pop_front();
+        }
+    }
+
+    fn outflow(&self, facts: &Facts) -> Outflow {
+        let rate = self.link_rate();
+        let piece = page_multiple(bytes(rate, PIECE)).clamp(PIECE_LEAST, PIECE_MOST);
+        let (window, paced, piece) = match self.phase {
+            Phase::Startup { .. } => {
+                let window = self.window(facts, PROBE_QUEUE).saturating_mul(5) / 2;
+                (Some(window.clamp(WINDOW_FIRST, WINDOW_MOST)), None, piece)
+            }
+            Phase::Idle { .. } => {
+                let window = self.window(facts, IDLE_QUEUE).max(IDLE_LEAST);
+                (Some(window), None, PIECE_MOST)
+            }
+            Phase::Probe { .. } => (Some(self.window(facts, PROBE_QUEUE)), None, piece),
+            Phase::Paced { target, .. } => {
+                let paced = share(target, self.correction).max(RATE_LEAST);
+                (Some(self.window(facts, PACED_QUEUE).max(2 * piece as u64)), Some(paced), piece)
+            }
+            Phase::Released => (None, None, PIECE_MOST),
+        };
+        let again = (PROBE / 4).max(facts.rtt / 2).min(PROBE * 4);
+        Outflow { flow: Flow { window, rate: paced }, piece, again }
+    }
+
+    /// Bytes under way that keep the link busy and `queue` of it waiting.
+    fn window(&self, facts: &Facts, queue: Duration) -> u64 {
+        let time = facts.min_rtt + facts.min_rtt / 4 + queue;
+        bytes(self.link_rate(), time).clamp(WINDOW_LEAST, WINDOW_MOST)
+    }
+}
+
+/// TCP says nonsense before it has measured anything.
+fn sane(facts: &Facts) -> Facts {
+    const MOST: Duration = Duration::from_secs(1);
+    Facts { rtt: facts.rtt.min(MOST), min_rtt: facts.min_rtt.min(facts.rtt).min(MOST), ..*facts }
+}
+
+fn probe_time(facts: &Facts) -> Duration {
+    PROBE.max(3 * facts.rtt)
+}
+
+fn share(rate: u64, thousandths: u64) -> u64 {
+    u64::try_from(u128::from(rate) * u128::from(thousandths) / 1000).unwrap_or(u64::MAX)
+}
+
+fn bytes(rate: u64, time: Duration) -> u64 {
+    u64::try_from(u128::from(rate) * time.as_micros() / 1_000_000).unwrap_or(u64::MAX)
+}
+
+/// How long `bytes` take.
+fn time(bytes: u64, rate: u64) -> Duration {
+    let micros = u128::from(bytes) * 1_000_000 / u128::from(rate.max(1));
+    Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX)).min(Duration::from_secs(60))
+}
+
+fn page_multiple(bytes: u64) -> usize {
+    usize::try_from(bytes & !0xfff).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests;

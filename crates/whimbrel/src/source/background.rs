@@ -1,0 +1,176 @@
+//! The background of a postcopy: all pages that nobody asked for, and on a single channel those
+//! that somebody did.
+//!
+//! It claims little at a time, and only what the channel takes at once: what is claimed cannot go
+//! on the urgent channel any more. What it has begun of a host page that somebody waits for, it
+//! finishes first and unpaced.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
+use whimbrel_wire::encode_end_of_section;
+
+use super::out::Out;
+use super::pages::Pages;
+use super::said::Said;
+use super::setup::RAM_SECTION;
+use super::wanted::Wanted;
+use crate::channel::link::{self, Class, Flow};
+use crate::error::Error;
+use crate::plan::{Outflow, Pace, Share, Window};
+use crate::report::{Report, add, get, set};
+use crate::settings::Parameters;
+
+/// How long it steps back for urgent pages at once.
+const STEP_BACK: Duration = Duration::from_millis(1);
+
+/// How long it waits at most before it looks again whether somebody asks.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Bytes claimed and sent at once where there is no link to be held to.
+const PIECE: usize = 64 << 10;
+
+/// The sender of the rest.
+pub(super) struct Background<'a> {
+    pub(super) map: &'a PageMap,
+    pub(super) pages: Pages<'a>,
+    pub(super) sweep: Sweep,
+    pub(super) report: &'a Report,
+    pub(super) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    pub(super) wanted: &'a Wanted,
+    pub(super) said: &'a Said,
+    pub(super) held: Held,
+}
+
+/// How the main channel is held to leave the link's queue to urgent pages.
+#[derive(Debug)]
+pub(super) struct Held {
+    window: Window,
+    /// When to decide anew; `None` where there is nothing to decide: no TCP, or no channel to make
+    /// room for.
+    next: Option<Duration>,
+    piece: usize,
+}
+
+impl Held {
+    /// Beside an urgent channel, or without one.
+    pub(super) fn new(beside_urgent: bool, out: &mut Out) -> Held {
+        if beside_urgent {
+            out.channel().send_apart();
+            link::classify(out.channel().as_fd(), Class::Background);
+        }
+        Held { window: Window::new(), next: beside_urgent.then_some(Duration::ZERO), piece: PIECE }
+    }
+
+    fn look(&mut self, out: &mut Out, wanted: &Wanted, now: Duration) {
+        if self.next.is_none_or(|next| now < next) {
+            return;
+        }
+        let Some(facts) = link::facts(out.channel().as_fd()) else {
+            self.next = None;
+            return;
+        };
+        let Outflow { flow, piece, again } = self.window.next(now, &facts, wanted.quiet_for());
+        link::hold(out.channel().as_fd(), flow);
+        self.piece = piece;
+        self.next = Some(now + again);
+    }
+
+    fn let_go(&mut self, out: &mut Out) {
+        if self.next.take().is_some() {
+            link::hold(out.channel().as_fd(), Flow { window: None, rate: None });
+        }
+    }
+}
+
+impl Background<'_> {
+    /// Sends until nothing is left, as one PART of the `ram` section.
+    pub(super) fn run(mut self, out: &mut Out) -> Result<(), Error> {
+        RAM_SECTION.encode_part(out.words());
+        let now = || self.report.started().elapsed();
+        let mut pace = Pace::new((self.parameters)().max_postcopy_bandwidth, now());
+        let mut share = Share::default();
+        loop {
+            if self.said.is_over() {
+                // It says why, or has a last word before everything was sent.
+                return Err(Error::PeerGone);
+            }
+            let before = out.bytes();
+            let asked = self.take_asked(out)?;
+            if !asked && !self.pages.is_waited_for() {
+                if self.map.pending() == 0 && !self.pages.has_begun_one() {
+                    break;
+                }
+                if self.wanted.is_urgent() && !share.may_go(self.wanted.urgent_bytes()) {
+                    self.wanted.wait(STEP_BACK);
+                    continue;
+                }
+                pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
+                let wait = pace.wait(now());
+                if wait > Duration::ZERO {
+                    self.wanted.wait(wait.min(LOOK));
+                    continue;
+                }
+            }
+            self.held.look(out, self.wanted, now());
+            out.channel().ready_to_send(None)?;
+            self.gather(out)?;
+            out.flush()?;
+            self.pages.sent();
+            let bytes = out.bytes() - before;
+            share.went(bytes);
+            if !asked {
+                pace.sent(bytes, now());
+            }
+            self.tell(out, bytes);
+        }
+        self.held.let_go(out);
+        encode_end_of_section(out.words());
+        RAM_SECTION.encode_footer(out.words());
+        out.flush()
+    }
+
+    /// Sends the page that was asked for first, where such pages go on this channel.
+    fn take_asked(&mut self, out: &mut Out) -> Result<bool, Error> {
+        if self.pages.has_begun_one() {
+            return Ok(false);
+        }
+        while let Some(page) = self.wanted.next() {
+            match self.map.claim(page) {
+                Asked::Claimed(claim) => {
+                    let unit = self.map.unit(page.block);
+                    self.pages.gather_claim(claim, out, self.held.piece)?;
+                    self.wanted.follow(page.block, TargetPage(page.target_pages(unit).end));
+                    return Ok(true);
+                }
+                Asked::AlreadySent | Asked::UnderWay => self.report.already_sent(),
+            }
+        }
+        Ok(false)
+    }
+
+    /// A piece of what is next.
+    fn gather(&mut self, out: &mut Out) -> Result<(), Error> {
+        let piece = self.held.piece;
+        if self.pages.has_begun_one() || out.gathered() >= piece {
+            return self.pages.gather_open(out, piece);
+        }
+        if let Some((block, page)) = self.wanted.take_hint() {
+            self.sweep.go_on_from(block, page);
+        }
+        let batch = u32::try_from(piece / TARGET_PAGE.bytes()).unwrap_or(u32::MAX);
+        self.sweep.set_batch(batch.clamp(1, u64::BITS));
+        self.pages.gather(self.map, &mut self.sweep, None, out, piece)?;
+        Ok(())
+    }
+
+    fn tell(&self, out: &Out, bytes: u64) {
+        let counters = &self.report.counters;
+        let urgent = self.wanted.urgent_bytes();
+        add(&counters.background_bytes, bytes);
+        set(&counters.postcopy_bytes, get(&counters.background_bytes) + urgent);
+        set(&counters.transferred, out.bytes() + urgent);
+        set(&counters.remaining, self.map.pending() * TARGET_PAGE.bytes() as u64);
+    }
+}

@@ -1,0 +1,314 @@
+//! Postcopy: the guest goes first, and the rest of its RAM follows.
+//!
+//! What the destination does not have yet is named (RAM_DISCARD), the devices go in one package
+//! that ends in RUN, and the guest runs there. From then on `source/main` sends all that is left,
+//! in an order that follows what is asked for, while [`urgent`](super::urgent) answers requests.
+//!
+//! The right to run the guest is given up before the last bytes of the package, RUN, go out. After
+//! that no failure brings it back: the migration pauses, and both sides keep what they have.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use whimbrel_ram::dirty::DirtyBits;
+use whimbrel_ram::{GuestRam, PageMap, TARGET_PAGE};
+use whimbrel_wire::package::{PACKAGE_LOADED_PING, PACKAGE_PING};
+use whimbrel_wire::{
+    BlockOffset, Command, DeviceSection, DiscardRange, Package, RamDiscard, encode_end_of_section,
+    encode_eof,
+};
+
+use super::answers::Answers;
+use super::background::{Background, Held};
+use super::out::Out;
+use super::pages::Pages;
+use super::said::Said;
+use super::setup::{RAM_SECTION, Stream, name};
+use super::urgent::Urgent;
+use super::wanted::Wanted;
+use crate::address::Address;
+use crate::channel::{self, Channel, link};
+use crate::error::Error;
+use crate::hello::Features;
+use crate::report::{Report, add, set};
+use crate::settings::Parameters;
+use crate::worker::{Cancel, Links, Role, scoped};
+
+/// The PING before the package.
+const PING_BEFORE: u32 = 2;
+/// The PING behind the package.
+const PING_BEHIND: u32 = 4;
+
+/// The command RUN, the last bytes of every package.
+const RUN: usize = 5;
+
+/// Who gives the guest away.
+pub(crate) trait HandOver {
+    /// The guest is about to be the destination's: gives up the right to run it.
+    fn give_up(&mut self);
+    /// RUN has not gone out as a whole: nobody was given anything.
+    fn take_back(&mut self);
+    /// RUN has gone out.
+    fn gone(&mut self);
+}
+
+/// How a postcopy failed.
+#[derive(Debug)]
+pub(crate) enum Failed {
+    /// Before the guest was given away: it is still here.
+    Before(Error),
+    /// After that.
+    After(Error),
+}
+
+/// What is needed to send the rest after the guest.
+pub(crate) struct Postcopy<'a> {
+    pub(crate) ram: &'a GuestRam,
+    pub(crate) report: &'a Report,
+    pub(crate) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    /// Ends everything up to the hand-over.
+    pub(crate) cancel: &'a Cancel,
+    /// End everything after it.
+    pub(crate) links: &'a Links,
+    /// Pages that may hold something else than zeros; `None` to ask the kernel.
+    pub(crate) content: Option<DirtyBits>,
+    /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
+    pub(crate) urgent_ends_with_mark: bool,
+}
+
+/// Opens the channel for urgent pages. The destination must have answered already, so that it
+/// does not take this for the main channel.
+pub(crate) fn open_urgent(address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
+    match address {
+        Address::Tcp { .. } | Address::Unix(_) => channel::connect("urgent", address, cancel),
+        Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Err(Error::Refused(format!(
+            "{address}: capability postcopy-preempt needs a second connection, which this \
+             transport has not; switch it off or use tcp: or unix:"
+        ))),
+    }
+}
+
+/// The map by which the rest is sent: what must not be split over two channels is what the
+/// destination places at once. `left` has host pages for units.
+pub(crate) fn map_for(agreed: Features, ram: &GuestRam, left: PageMap) -> PageMap {
+    left.widen_to_host_pages();
+    if left.pending() == 0 {
+        // A destination wants to be told of something that it has not got.
+        let (block, _) = ram.blocks().next().expect("a guest has RAM");
+        left.mark_run(block, 0..left.unit(block).target_pages());
+    }
+    if !agreed.has(Features::SMALL_PIECES) {
+        return left;
+    }
+    let map = PageMap::with_units(ram, |_| TARGET_PAGE);
+    for (block, _) in ram.blocks() {
+        left.runs(block).for_each(|run| {
+            map.mark_run(block, run);
+        });
+    }
+    map
+}
+
+impl<'a> Postcopy<'a> {
+    /// Says what the destination has to forget, gives it the guest, and sends all that is on
+    /// `map`.
+    pub(crate) fn run(
+        self,
+        map: &'a PageMap,
+        mut stream: Stream,
+        urgent: Option<Channel>,
+        sections: Vec<DeviceSection>,
+        hand_over: &mut dyn HandOver,
+    ) -> Result<(), Failed> {
+        let answers = stream.answers.take().expect("a postcopy has a return path");
+        let agreed = answers.agreed();
+        let (said, wanted, all_sent) = (Said::default(), Wanted::new(), AtomicBool::new(false));
+        let thread = self
+            .urgent_thread(map, &mut stream, urgent, answers, (&said, &wanted))
+            .map_err(Failed::Before)?;
+        let preempt = thread.out.is_some();
+        let run_apart = agreed.has(Features::RUN_APART) && preempt;
+        thread::scope(|scope| {
+            let (said, all_sent, links) = (&said, &all_sent, self.links);
+            let body = move || {
+                if let Err(error) = thread.run(&|| all_sent.load(Ordering::Acquire)) {
+                    said.failed(error);
+                    links.break_now();
+                }
+            };
+            let spawned = scoped(scope, Role::SourceUrgent, body);
+            spawned.map_err(Error::system("starting a thread")).map_err(Failed::Before)?;
+            let result = self
+                .give_away(map, &mut stream, sections, run_apart.then_some(said), hand_over)
+                .and_then(|()| {
+                    self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt))
+                        .map_err(Failed::After)
+                });
+            if result.is_err() {
+                links.break_now();
+            }
+            // What the return path said, or what became of it, is the reason.
+            result.map_err(|failed| match (failed, said.take_error()) {
+                (Failed::Before(Error::Cancelled), Some(reason)) if !self.cancel.is_set() => {
+                    Failed::Before(reason)
+                }
+                (Failed::After(Error::Cancelled), Some(reason)) => Failed::After(reason),
+                (failed, _) => failed,
+            })
+        })
+    }
+
+    fn urgent_thread<'t>(
+        &self,
+        map: &'t PageMap,
+        stream: &mut Stream,
+        urgent: Option<Channel>,
+        answers: Answers,
+        (said, wanted): (&'t Said, &'t Wanted),
+    ) -> Result<Urgent<'t>, Error>
+    where
+        'a: 't,
+    {
+        let links = self.links.current();
+        let mut input = stream.out.channel().other_direction("return path")?;
+        input.heed(links.clone());
+        let out = urgent.map(|mut channel| {
+            channel.heed(links);
+            link::classify(channel.as_fd(), link::Class::Urgent);
+            Out::new(channel, self.ram.clone(), stream.out.blocks().clone())
+        });
+        Ok(Urgent {
+            map,
+            pages: Pages::new(self.ram, self.report, None).only_content_in(self.content.clone()),
+            report: self.report,
+            said,
+            wanted,
+            answers,
+            input,
+            ends_with_mark: self.urgent_ends_with_mark && out.is_some(),
+            out,
+            last_block: None,
+        })
+    }
+
+    /// Everything up to and with RUN.
+    fn give_away(
+        &self,
+        map: &PageMap,
+        stream: &mut Stream,
+        sections: Vec<DeviceSection>,
+        run_apart: Option<&Said>,
+        hand_over: &mut dyn HandOver,
+    ) -> Result<(), Failed> {
+        let before = stream.out.bytes();
+        self.send_package(map, stream, sections).map_err(Failed::Before)?;
+        if let Some(said) = run_apart {
+            // Up to here a destination that cannot load the devices leaves the guest here.
+            said.wait_for_pong(PACKAGE_LOADED_PING, self.cancel).map_err(Failed::Before)?;
+        }
+        if self.cancel.is_set() {
+            return Err(Failed::Before(Error::Cancelled));
+        }
+        hand_over.give_up();
+        let sent_before = stream.out.channel().bytes_out();
+        stream.out.channel().heed(self.links.current());
+        Command::PostcopyRun.encode(stream.out.words());
+        let result = stream.out.flush();
+        if let Err(error) = result {
+            if stream.out.channel().bytes_out() - sent_before < RUN as u64 {
+                hand_over.take_back();
+                return Err(Failed::Before(error));
+            }
+            return Err(Failed::After(error));
+        }
+        hand_over.gone();
+        add(&self.report.counters.downtime_bytes, stream.out.bytes() - before);
+        self.report.guest_has_gone();
+        Ok(())
+    }
+
+    /// The package, and what comes before it, without its last command.
+    fn send_package(
+        &self,
+        map: &PageMap,
+        stream: &mut Stream,
+        sections: Vec<DeviceSection>,
+    ) -> Result<(), Error> {
+        encode_discards(self.ram, map, stream.out.words())?;
+        Command::Ping(PING_BEFORE).encode(stream.out.words());
+        let package = Package { sections, pings: vec![PACKAGE_PING, PACKAGE_LOADED_PING] };
+        let mut bytes = Vec::new();
+        package.encode(&mut bytes);
+        let len = u32::try_from(bytes.len()).map_err(|_| {
+            Error::Refused(format!(
+                "the devices have {} bytes of state, and postcopy takes less than 4 GiB",
+                bytes.len()
+            ))
+        })?;
+        Command::Packaged { len }.encode(stream.out.words());
+        stream.out.words().extend_from_slice(&bytes[..bytes.len() - RUN]);
+        stream.out.flush()
+    }
+
+    /// Everything after RUN.
+    fn send_rest(
+        &self,
+        map: &PageMap,
+        stream: &mut Stream,
+        wanted: &Wanted,
+        said: &Said,
+        (all_sent, beside_urgent): (&AtomicBool, bool),
+    ) -> Result<(), Error> {
+        stream.out.name_blocks_again();
+        Command::Ping(PING_BEHIND).encode(stream.out.words());
+        stream.out.flush()?;
+        let mut pages = Pages::new(self.ram, self.report, None);
+        pages = match &self.content {
+            Some(content) => pages.only_content_in(Some(content.clone())),
+            None => pages.leave_untouched(),
+        };
+        let background = Background {
+            map,
+            pages,
+            sweep: map.sweep(),
+            report: self.report,
+            parameters: self.parameters,
+            wanted,
+            said,
+            held: Held::new(beside_urgent, &mut stream.out),
+        };
+        background.run(&mut stream.out)?;
+        all_sent.store(true, Ordering::Release);
+        RAM_SECTION.encode_end(stream.out.words());
+        encode_end_of_section(stream.out.words());
+        RAM_SECTION.encode_footer(stream.out.words());
+        encode_eof(stream.out.words());
+        stream.out.flush()?;
+        set(&self.report.counters.remaining, 0);
+        match said.wait_for_shut(&self.links.current())? {
+            0 => Ok(()),
+            _ => Err(Error::PeerFailed),
+        }
+    }
+}
+
+/// What is on the map the destination has not got, or no longer as it is.
+fn encode_discards(ram: &GuestRam, map: &PageMap, words: &mut Vec<u8>) -> Result<(), Error> {
+    for (index, block) in ram.blocks() {
+        let mut discard = RamDiscard { block: name(block.name())?, ranges: Vec::new() };
+        for run in map.runs(index) {
+            let page = TARGET_PAGE.bytes() as u64;
+            let start = BlockOffset(run.start * page);
+            discard.ranges.push(DiscardRange { start, length: (run.end - run.start) * page });
+            if discard.ranges.len() == RamDiscard::RANGES_MAX {
+                Command::RamDiscard(discard.clone()).encode(words);
+                discard.ranges.clear();
+            }
+        }
+        if !discard.ranges.is_empty() {
+            Command::RamDiscard(discard).encode(words);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! What `source/urgent` has read of the return path, for `source/main` to wait for.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::error::Error;
+use crate::worker::Cancel;
+
+/// How often a wait looks whether the migration was cancelled.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// What has been said so far.
+#[derive(Debug, Default)]
+pub(super) struct Said {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    over: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    pongs: Vec<u32>,
+    shut: Option<u32>,
+    error: Option<Error>,
+}
+
+/// More different PONGs than any source asks for are not remembered.
+const PONGS_MAX: usize = 16;
+
+impl Said {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Only plain values are stored under the lock.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn pong(&self, value: u32) {
+        let mut inner = self.lock();
+        if inner.pongs.len() < PONGS_MAX {
+            inner.pongs.push(value);
+        }
+        self.changed.notify_all();
+    }
+
+    /// The destination's last word.
+    pub(super) fn shut(&self, value: u32) {
+        self.lock().shut = Some(value);
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Nothing more will be said, because of `error`.
+    pub(super) fn failed(&self, error: Error) {
+        self.lock().error.get_or_insert(error);
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_all();
+    }
+
+    /// Whether the last word has come, or the return path has failed: cheap, for a loop.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Why the return path ended, if it failed.
+    pub(super) fn take_error(&self) -> Option<Error> {
+        self.lock().error.take()
+    }
+
+    /// Waits for the answer to the PING of `value`.
+    pub(super) fn wait_for_pong(&self, value: u32, cancel: &Cancel) -> Result<(), Error> {
+        self.wait(cancel, |inner| inner.pongs.contains(&value).then_some(()))
+    }
+
+    /// Waits for the destination's last word.
+    pub(super) fn wait_for_shut(&self, cancel: &Cancel) -> Result<u32, Error> {
+        self.wait(cancel, |inner| inner.shut)
+    }
+
+    fn wait<T>(
+        &self,
+        cancel: &Cancel,
+        mut find: impl FnMut(&Inner) -> Option<T>,
+    ) -> Result<T, Error> {
+        let mut inner = self.lock();
+        loop {
+            if let Some(found) = find(&inner) {
+                return Ok(found);
+            }
+            if let Some(error) = inner.error.take() {
+                return Err(error);
+            }
+            if inner.shut.is_some() {
+                return Err(Error::PeerFailed);
+            }
+            if cancel.is_set() {
+                return Err(Error::Cancelled);
+            }
+            let woken = self.changed.wait_timeout(inner, LOOK);
+            inner = woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
