@@ -165,7 +165,7 @@ impl Demo {
             postcopy,
             samples: record.into_samples(),
             verdict,
-            command: std::env::args().collect(),
+            command: ["whimbrel".to_owned()].into_iter().chain(std::env::args().skip(1)).collect(),
         })
     }
 

@@ -144,17 +144,6 @@ fn migrate_drives_it_on_both_sides() {
     }
 }
 
-#[test]
-fn options_of_postcopy_need_it() {
-    for option in ["--preempt", "--postcopy-after=0"] {
-        let ended = whimbrel(&["migrate", "unix:a", "unix:b", option]);
-        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
-        assert!(ended.err.contains("--postcopy"), "{ended:?}");
-    }
-    let ended = whimbrel(&["demo", "--postcopy-after=soon"]);
-    assert!(ended.err.contains("expected 'first-pass' or milliseconds"), "{ended:?}");
-}
-
 /// Ends in order, and soon, though a vCPU of it may wait for a page for ever.
 fn expect_quits(vm: VmProcess, what: &str) {
     let since = Instant::now();
