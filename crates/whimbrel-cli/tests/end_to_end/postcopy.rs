@@ -203,7 +203,7 @@ fn a_stop_that_waits_for_a_page_holds_up_no_one_and_ends_with_the_process() {
     to.reaches("postcopy-paused", what);
     std::thread::sleep(Duration::from_millis(300));
     let endpoint = to.qmp.endpoint().clone();
-    let stopping = std::thread::Builder::new().spawn(move || {
+    let stopping = std::thread::Builder::new().name("stops".into()).spawn(move || {
         let mut other = whimbrel_control::Client::connect(endpoint, crate::process::LIMIT)?;
         other.stop()
     });
