@@ -81,7 +81,8 @@ fn the_guest_alone_waits() {
 fn a_pause_that_is_given_up_was_none() {
     let Some((from, to, absent)) = left_behind(AccelChoice::Native) else { return };
     let pausing = to.clone();
-    let pausing = thread::Builder::new().spawn(move || pausing.pause()).unwrap();
+    let pauses = thread::Builder::new().name("pauses".into());
+    let pausing = pauses.spawn(move || pausing.pause()).unwrap();
     sleep(Duration::from_millis(50));
     assert!(to.running(), "told while the pause waits");
     let error = pausing.join().unwrap().unwrap_err().to_string();

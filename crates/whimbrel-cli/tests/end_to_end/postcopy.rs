@@ -144,6 +144,19 @@ fn migrate_drives_it_on_both_sides() {
     }
 }
 
+#[test]
+fn migrate_says_when_there_was_nothing_left_for_postcopy() {
+    let what = "an idle guest";
+    let idle = ["--accel=native", "--memory=16M", "--workload=idle"];
+    let from = VmProcess::start(&idle);
+    let to = VmProcess::start(&[&idle[..], &["--incoming=defer"]].concat());
+    let (a, b) = (from.qmp.endpoint().to_string(), to.qmp.endpoint().to_string());
+    let out = whimbrel(&["migrate", &a, &b, "--postcopy"]).expect_success(what);
+    assert!(out.ends_with(", precopy was done before postcopy could begin\n"), "{out}");
+    from.quit(what);
+    to.quit(what);
+}
+
 /// Ends in order, and soon, though a vCPU of it may wait for a page for ever.
 fn expect_quits(vm: VmProcess, what: &str) {
     let since = Instant::now();
@@ -190,7 +203,7 @@ fn a_stop_that_waits_for_a_page_holds_up_no_one_and_ends_with_the_process() {
     to.reaches("postcopy-paused", what);
     std::thread::sleep(Duration::from_millis(300));
     let endpoint = to.qmp.endpoint().clone();
-    let stopping = std::thread::Builder::new().spawn(move || {
+    let stopping = std::thread::Builder::new().name("stops".into()).spawn(move || {
         let mut other = whimbrel_control::Client::connect(endpoint, crate::process::LIMIT)?;
         other.stop()
     });
