@@ -97,8 +97,9 @@ impl Background<'_> {
                 return Err(Error::PeerGone);
             }
             let before = out.bytes();
-            let asked = self.take_asked(out)?;
-            if !asked && !self.pages.is_waited_for() {
+            // Also all the rest of a host page that somebody waits for: no pace is kept with it.
+            let asked = self.take_asked(out)? || self.pages.is_waited_for();
+            if !asked {
                 if self.map.pending() == 0 && !self.pages.has_begun_one() {
                     break;
                 }
