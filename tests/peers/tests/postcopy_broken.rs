@@ -111,6 +111,61 @@ fn a_destination_with_other_pages_refuses(peer: Peer) -> Result<()> {
     refused(peer, PLAIN, &["--page-size", "2M"])
 }
 
+/// A source that sends pages on a connection that we were not told of.
+fn preempt_only_at_the_source(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 84 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let (mut receiver, uri) =
+        journey.receiving_with(Transport::Tcp, &kept, &["--touch", "random"])?;
+    source.qmp.enable(PREEMPT)?;
+    let slow = json!({ "max-bandwidth": 1_000_000, "max-postcopy-bandwidth": 4_000_000 });
+    source.qmp.execute("migrate-set-parameters", &slow)?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    let said = receiver.wait(MIGRATION_MAX)?.refused()?;
+    ensure!(said.contains("postcopy-preempt"), "it is not said why: {said}");
+    ensure!(!kept.exists(), "a guest without all its pages was kept");
+    Ok(())
+}
+
+/// The other way round nothing is missing: the connection that we wait for never comes.
+fn preempt_only_here(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 85 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let (mut receiver, uri) = journey.receiving_with(Transport::Tcp, &kept, &["--preempt"])?;
+    source.qmp.enable(PLAIN)?;
+    source.qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": 1_000_000 }))?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    receiver.wait(MIGRATION_MAX)?.succeeded()?;
+    source.wait_migrated(MIGRATION_MAX)?;
+    let destination = journey.restore(&kept, peer, Transport::Tcp, &[])?;
+    journey.check_arrived(&source, &destination)
+}
+
+/// Interrupted, it says so, and where the guest is now.
+fn an_interrupted_restore_says_where_the_guest_is(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 86 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.keep(&mut source, Transport::Tcp, &[])?;
+    let (mut destination, uri) = journey.waiting(peer, Transport::Tcp, PREEMPT)?;
+    let slow = ["restore", text(&kept)?, &uri, "--postcopy", "--preempt", "--bandwidth", "64k"];
+    let mut restore = journey.start_whimbrel(&slow)?;
+    destination.qmp.wait_event("RESUME", MIGRATION_MAX)?;
+    restore.interrupt()?;
+    let said = restore.wait(MIGRATION_MAX)?.refused()?;
+    for part in ["cancelled", "had been handed over"] {
+        ensure!(said.contains(part), "{part:?} is not said: {said}");
+    }
+    // The guest may run on until it touches what is missing; the destination keeps it.
+    wait_for_status(&mut destination, "postcopy-paused")
+}
+
 on_each_peer!(
     the_destination_dies,
     the_destination_dies_with_preempt,
@@ -118,4 +173,7 @@ on_each_peer!(
     the_source_dies_with_preempt,
     a_destination_without_postcopy_refuses,
     a_destination_with_other_pages_refuses,
+    preempt_only_at_the_source,
+    preempt_only_here,
+    an_interrupted_restore_says_where_the_guest_is,
 );
