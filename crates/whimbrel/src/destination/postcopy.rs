@@ -241,7 +241,7 @@ fn receive(
             take_run(input)?;
             shared.run.set();
             take_pages(input, &arriving, &shared.outbox)?;
-            wait_for_all(&arriving, &links)?;
+            wait_for_all(&arriving, &links, terms.urgent.is_some())?;
             if !matches!(loading.join(), Ok(Some(()))) {
                 return Err(Error::Cancelled); // It has told why.
             }
@@ -384,7 +384,7 @@ fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Re
 const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
 
 /// The source has sent everything: what is still on its way on the urgent channel comes soon.
-fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel) -> Result<(), Error> {
+fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, beside_urgent: bool) -> Result<(), Error> {
     let mut missing = arriving.absent.received().missing();
     loop {
         let woken = links
@@ -396,8 +396,16 @@ fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel) -> Result<(), Error> {
             Woken::Cancelled => return Err(Error::Cancelled),
             Woken::TimedOut if left < missing => missing = left,
             Woken::TimedOut => {
+                let elsewhere = match beside_urgent {
+                    true => "",
+                    false => {
+                        "; a source with capability postcopy-preempt on sends some on a second \
+                         connection, which is not waited for here: set the same on both sides"
+                    }
+                };
                 return Err(Error::Refused(format!(
-                    "main channel: the source has sent everything, and {left} pages never came"
+                    "main channel: the source has sent everything, and {left} pages never came\
+                     {elsewhere}"
                 )));
             }
         }

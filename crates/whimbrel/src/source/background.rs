@@ -97,10 +97,11 @@ impl Background<'_> {
                 return Err(Error::PeerGone);
             }
             let before = out.bytes();
-            let asked = self.take_asked(out)?;
+            // Also all the rest of a host page that somebody waits for: no pace is kept with it.
+            let asked = self.take_asked(out)? || self.pages.is_waited_for();
             pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
             let wait = pace.wait(now());
-            if !asked && !self.pages.is_waited_for() {
+            if !asked {
                 if self.map.pending() == 0 && !self.pages.has_begun_one() {
                     break;
                 }

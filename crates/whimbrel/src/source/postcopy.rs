@@ -153,7 +153,9 @@ impl<'a> Postcopy<'a> {
                 (Failed::Before(Error::Cancelled), Some(reason)) if !self.cancel.is_set() => {
                     Failed::Before(reason)
                 }
-                (Failed::After(Error::Cancelled), Some(reason)) => Failed::After(reason),
+                (Failed::After(Error::Cancelled | Error::PeerGone), Some(reason)) => {
+                    Failed::After(reason)
+                }
                 (failed, _) => failed,
             })
         })
