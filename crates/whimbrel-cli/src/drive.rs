@@ -81,6 +81,14 @@ pub(crate) struct Ended {
     pub(crate) destination: MigrationReport,
 }
 
+impl Ended {
+    /// Whether anything was left for postcopy.
+    pub(crate) fn by_postcopy(&self) -> bool {
+        let ram = self.source.info.ram.as_ref();
+        ram.is_some_and(|ram| ram.postcopy_bytes > 0 || ram.postcopy_requests > 0)
+    }
+}
+
 /// A migration between two VMs.
 pub(crate) struct Run<'c> {
     pub(crate) from: &'c mut Client,
@@ -224,7 +232,7 @@ impl Run<'_> {
         if report.status.is_postcopy() {
             return Failure::new(format!(
                 "not done within {} s, and in postcopy nothing can be undone: the guest is at the \
-                 destination, {left:.1} MB are left and go at {rate:.1} MB/s; it goes on by itself",
+                 destination, and {left:.1} MB of its RAM still at the source",
                 after.as_secs(),
             ));
         }

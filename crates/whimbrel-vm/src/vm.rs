@@ -141,8 +141,9 @@ impl ReferenceVm {
         self.gaps.iter().for_each(Gap::reset);
     }
 
-    /// What the guest has found of itself so far: cheap, at any time. Of a VM that still waits
-    /// for its guest, nothing.
+    /// What the guest has found of itself so far: cheap, also while it runs. Of a VM that still
+    /// waits for its guest, nothing. It is in the guest's memory: who asks while pages of that are
+    /// missing waits for them, and may ask for the [`progress`](ReferenceVm::progress) instead.
     pub fn guest_counters(&self) -> SelfCheck {
         if *lock(&self.phase) == Phase::Incoming {
             return SelfCheck::default();

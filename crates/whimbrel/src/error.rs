@@ -31,7 +31,7 @@ pub enum Error {
         source: whimbrel_wire::xbzrle::DeltaError,
     },
     /// A channel failed.
-    #[error("{channel} channel, byte {offset}: {source}")]
+    #[error("{channel} channel, byte {offset}: {source}{}", said_of_a_close(source))]
     Channel {
         /// The channel's name.
         channel: &'static str,
@@ -141,6 +141,16 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+}
+
+/// What to do about a connection that the other side closed while it was sent something.
+fn said_of_a_close(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            ": the other side closed it, see what it says"
+        }
+        _ => "",
+    }
 }
 
 impl Error {

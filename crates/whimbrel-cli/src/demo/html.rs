@@ -100,7 +100,11 @@ fn head(outcome: &Outcome, html: &mut String) {
         Some(_) => ("bad", "not verified"),
     };
     add!(html, "<div class=\"verdict {class}\">{text}</div>\n<div class=\"tiles\">\n");
-    let ms = |time: Option<u64>| duration(time.unwrap_or(0) as f64 * 1e3);
+    // No more digits than were measured.
+    let ms = |time: Option<u64>| match time.unwrap_or(0) {
+        ms @ 0..1000 => format!("{ms} ms"),
+        ms => duration(ms as f64 * 1e3),
+    };
     let mut tile = |value: &str, what: &str| {
         add!(html, "<div class=\"tile\"><b>{}</b><span>{what}</span></div>\n", escape(value));
     };

@@ -145,14 +145,16 @@ fn migrate_drives_it_on_both_sides() {
 }
 
 #[test]
-fn options_of_postcopy_need_it() {
-    for option in ["--preempt", "--postcopy-after=0"] {
-        let ended = whimbrel(&["migrate", "unix:a", "unix:b", option]);
-        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
-        assert!(ended.err.contains("--postcopy"), "{ended:?}");
-    }
-    let ended = whimbrel(&["demo", "--postcopy-after=soon"]);
-    assert!(ended.err.contains("expected 'first-pass' or milliseconds"), "{ended:?}");
+fn migrate_says_when_there_was_nothing_left_for_postcopy() {
+    let what = "an idle guest";
+    let idle = ["--accel=native", "--memory=16M", "--workload=idle"];
+    let from = VmProcess::start(&idle);
+    let to = VmProcess::start(&[&idle[..], &["--incoming=defer"]].concat());
+    let (a, b) = (from.qmp.endpoint().to_string(), to.qmp.endpoint().to_string());
+    let out = whimbrel(&["migrate", &a, &b, "--postcopy"]).expect_success(what);
+    assert!(out.ends_with(", precopy was done before postcopy could begin\n"), "{out}");
+    from.quit(what);
+    to.quit(what);
 }
 
 /// Ends in order, and soon, though a vCPU of it may wait for a page for ever.
@@ -201,7 +203,7 @@ fn a_stop_that_waits_for_a_page_holds_up_no_one_and_ends_with_the_process() {
     to.reaches("postcopy-paused", what);
     std::thread::sleep(Duration::from_millis(300));
     let endpoint = to.qmp.endpoint().clone();
-    let stopping = std::thread::Builder::new().spawn(move || {
+    let stopping = std::thread::Builder::new().name("stops".into()).spawn(move || {
         let mut other = whimbrel_control::Client::connect(endpoint, crate::process::LIMIT)?;
         other.stop()
     });

@@ -9,7 +9,9 @@
 //! for it once more is harmless, since what comes twice is left as it is. Of several threads that
 //! place the same page one does, and the others find that it is done or being done.
 
+mod discard;
 mod fault;
+mod mapping;
 mod place;
 mod region;
 mod split;
@@ -126,7 +128,7 @@ impl AbsentRam {
             self.restore_all(block, &self.regions[index.index()])
                 .and_then(|()| self.uffd.unregister(block.span()))
                 .map_err(|error| named(block, "end the watch for", &error))?;
-            region::advise_huge_pages(block, true);
+            discard::advise_huge_pages(block, true);
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ mod huge;
 #[cfg(feature = "kvm")]
 mod kvm;
 mod memory;
+mod reserve;
 mod source;
 
 use std::sync::Arc;

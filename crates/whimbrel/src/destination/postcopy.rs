@@ -212,7 +212,9 @@ fn receive(
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
     let mut output = input.channel().other_direction("return path")?;
-    output.heed(shared.stop.clone());
+    // Not what ends its other waits: at the end `dest/main` waits for this thread, which may be
+    // waiting for a source that reads no answer.
+    output.heed(links.clone());
     let done = new_cancel()?;
     let asking = Asking {
         arriving: &arriving,
@@ -241,7 +243,7 @@ fn receive(
             take_run(input)?;
             shared.run.set();
             take_pages(input, &arriving, &shared.outbox)?;
-            wait_for_all(&arriving, &links)?;
+            wait_for_all(&arriving, &links, terms.urgent.is_some())?;
             if !matches!(loading.join(), Ok(Some(()))) {
                 return Err(Error::Cancelled); // It has told why.
             }
@@ -298,7 +300,8 @@ fn load(
         .stop
         .wait(shared.run.as_fd(), PollFlags::IN, None)
         .map_err(Error::system("waiting for RUN"))?;
-    if woken == Woken::Cancelled {
+    // When RUN has come the guest is ours alone, whatever has become of the connection since.
+    if woken == Woken::Cancelled && !shared.run.is_set() {
         return Err(Error::Cancelled);
     }
     asked.set_vcpus(host.vcpu_threads());
@@ -384,11 +387,13 @@ fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Re
 const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
 
 /// The source has sent everything: what is still on its way on the urgent channel comes soon.
-fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel) -> Result<(), Error> {
+fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, beside_urgent: bool) -> Result<(), Error> {
     let mut missing = arriving.absent.received().missing();
+    // Without another channel there is nothing to wait for.
+    let patience = if beside_urgent { SILENCE } else { Duration::ZERO };
     loop {
         let woken = links
-            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(SILENCE))
+            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(patience))
             .map_err(Error::system("waiting for the last pages"))?;
         let left = arriving.absent.received().missing();
         match woken {
@@ -396,8 +401,16 @@ fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel) -> Result<(), Error> {
             Woken::Cancelled => return Err(Error::Cancelled),
             Woken::TimedOut if left < missing => missing = left,
             Woken::TimedOut => {
+                let elsewhere = match beside_urgent {
+                    true => "",
+                    false => {
+                        "; a source with capability postcopy-preempt on sends some on a second \
+                         connection, which is not waited for here: set the same on both sides"
+                    }
+                };
                 return Err(Error::Refused(format!(
-                    "main channel: the source has sent everything, and {left} pages never came"
+                    "main channel: the source has sent everything, and {left} pages never came\
+                     {elsewhere}"
                 )));
             }
         }

@@ -100,7 +100,10 @@ pub(crate) fn run(job: &Job) {
     let _guard = EndsFailed(&job.report);
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     let mut held = Held::Untouched;
-    let outcome = migrate(job, &mut held);
+    let outcome = {
+        let _doubt = job.guest.handing_over();
+        migrate(job, &mut held)
+    };
     // Also after success: a guest kept in a file may be told to run on here.
     job.guest.vm().throttle(0);
     match outcome {
@@ -190,6 +193,8 @@ fn guest_first(
         let hot = log.take_bits_into(&map)?;
         add(&job.report.counters.dirty_sync_count, 1);
         let sections = switchover::device_sections(job, held)?;
+        // Whatever it said while the guest was being stopped, it said in time.
+        stream.check_answers()?;
         Ok((agreed, urgent, sections, hot))
     };
     let (agreed, urgent, sections, hot) = prepare().map_err(Failed::Before)?;

@@ -143,7 +143,7 @@ impl<'a> Postcopy<'a> {
             let spawned = scoped(scope, Role::SourceUrgent, body);
             spawned.map_err(Error::system("starting a thread")).map_err(Failed::Before)?;
             let result = self
-                .give_away(map, &mut stream, sections, run_apart.then_some(said), hand_over)
+                .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
                 .and_then(|()| {
                     self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt))
                         .map_err(Failed::After)
@@ -152,11 +152,11 @@ impl<'a> Postcopy<'a> {
                 links.break_now();
             }
             // What the return path said, or what became of it, is the reason.
-            result.map_err(|failed| match (failed, said.take_error()) {
-                (Failed::Before(Error::Cancelled), Some(reason)) if !self.cancel.is_set() => {
+            result.map_err(|failed| match (failed, said.take_reason()) {
+                (Failed::Before(_), Some(reason)) if !self.cancel.is_set() => {
                     Failed::Before(reason)
                 }
-                (Failed::After(Error::Cancelled), Some(reason)) => Failed::After(reason),
+                (Failed::After(_), Some(reason)) => Failed::After(reason),
                 (failed, _) => failed,
             })
         })
@@ -201,17 +201,20 @@ impl<'a> Postcopy<'a> {
         map: &PageMap,
         stream: &mut Stream,
         sections: Vec<DeviceSection>,
-        run_apart: Option<&Said>,
+        (said, run_apart): (&Said, bool),
         hand_over: &mut dyn HandOver,
     ) -> Result<(), Failed> {
         let before = stream.out.bytes();
         self.send_package(map, stream, sections).map_err(Failed::Before)?;
-        if let Some(said) = run_apart {
+        if run_apart {
             // Up to here a destination that cannot load the devices leaves the guest here.
             said.wait_for_pong(PACKAGE_LOADED_PING, self.cancel).map_err(Failed::Before)?;
         }
         if self.cancel.is_set() {
             return Err(Failed::Before(Error::Cancelled));
+        }
+        if said.is_over() {
+            return Err(Failed::Before(Error::PeerGone)); // It says why.
         }
         hand_over.give_up();
         let sent_before = stream.out.channel().bytes_out();

@@ -95,11 +95,6 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         false => None,
     };
     janitor.allow_congestion(args.congestion.name())?;
-    if args.pages.contains(&Pages::Huge) {
-        // On both sides.
-        janitor.keep_huge_pages(u32::try_from(args.memory.bytes() >> 21)? * 2)?;
-        host_memory::take_huge(args.memory.bytes() * 2)?;
-    }
     let qemu =
         qemu.map(|qemu| QemuGuest::new(qemu, args.memory, writer, folder.path())).transpose()?;
     let stage = Stage {
@@ -123,7 +118,8 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         idle.insert(link.to_string(), round_trip);
         for (pages, mode) in both(&args.pages, &args.modes) {
             let scenario = Scenario { link: *link, pages, mode };
-            whole &= measure(&stage, &pairs, scenario, args.runs, &network, &mut rows);
+            whole &=
+                measure(&stage, &pairs, scenario, args.runs, (&network, &mut janitor), &mut rows);
         }
     }
     println!("{}", table(&rows));
@@ -167,7 +163,7 @@ fn measure(
     pairs: &[(Pair, String)],
     scenario: Scenario,
     runs: u32,
-    network: &Network,
+    (network, janitor): (&Network, &mut Janitor),
     rows: &mut Vec<Row>,
 ) -> bool {
     let mut ours: Vec<Row> = pairs
@@ -187,7 +183,7 @@ fn measure(
             order.reverse();
         }
         for ((pair, name), row) in order {
-            if let Err(error) = host_memory::take(stage.memory.bytes() * 4) {
+            if let Err(error) = make_room(stage, scenario.pages, janitor) {
                 println!("memory is as it comes: {error:#}");
             }
             match stage.run(*pair, scenario, network) {
@@ -204,4 +200,14 @@ fn measure(
     }
     rows.append(&mut ours);
     whole
+}
+
+/// Memory for both sides, and none of it a run's to fetch from the host below.
+fn make_room(stage: &Stage<'_>, pages: Pages, janitor: &mut Janitor) -> Result<()> {
+    let both_sides = stage.memory.bytes() * 2;
+    if pages == Pages::Huge && janitor.keep_huge_pages(u32::try_from(both_sides >> 21)?)? {
+        host_memory::take_huge(both_sides)?;
+    }
+    // Huge folios for the one and single pages for the other, as a VMM and a postcopy take them.
+    host_memory::take(both_sides)
 }
