@@ -1,7 +1,5 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
-mod urgency;
-
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,11 +46,6 @@ impl Role {
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
         }
-    }
-
-    /// Whether a guest waits whenever such a thread has something to do.
-    fn is_waited_for(self) -> bool {
-        matches!(self, Role::SourceUrgent | Role::DestinationFault | Role::DestinationUrgent)
     }
 }
 
@@ -189,12 +182,6 @@ pub(crate) fn scoped<'s, T: Send + 's>(
     role: Role,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
-    let work = move || {
-        if role.is_waited_for() {
-            urgency::run_soon_when_woken();
-        }
-        work()
-    };
     thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
 }
 
