@@ -11,6 +11,7 @@ use std::time::Duration;
 use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 
+use super::hot::Hot;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -41,6 +42,8 @@ pub(super) struct Background<'a> {
     pub(super) wanted: &'a Wanted,
     pub(super) said: &'a Said,
     pub(super) held: Held,
+    /// What goes before the rest.
+    pub(super) hot: Option<Hot>,
 }
 
 /// How the main channel is held to leave the link's queue to urgent pages.
@@ -164,10 +167,33 @@ impl Background<'_> {
         }
         if let Some((block, page)) = self.wanted.take_hint() {
             self.sweep.go_on_from(block, page);
+            if let Some(hot) = &mut self.hot {
+                hot.go_on_from(block, page);
+            }
+        }
+        self.gather_hot(out)?;
+        if out.gathered() > 0 {
+            return Ok(());
         }
         let batch = u32::try_from(piece / TARGET_PAGE.bytes()).unwrap_or(u32::MAX);
         self.sweep.set_batch(batch.clamp(1, u64::BITS));
         self.pages.gather(self.map, &mut self.sweep, None, out, piece)?;
+        Ok(())
+    }
+
+    /// A piece of what goes before the rest, if there is any near.
+    fn gather_hot(&mut self, out: &mut Out) -> Result<(), Error> {
+        let Some(hot) = &mut self.hot else { return Ok(()) };
+        let piece = self.held.piece;
+        while out.gathered() < piece && !out.is_full() && !self.pages.has_begun_one() {
+            let Some(page) = hot.next(self.map) else { break };
+            if let Asked::Claimed(claim) = self.map.claim(page) {
+                self.pages.gather_claim(claim, out, piece)?;
+            }
+        }
+        if hot.is_over() {
+            self.hot = None;
+        }
         Ok(())
     }
 

@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
+mod hot;
 pub(crate) mod out;
 mod pages;
 pub(crate) mod postcopy;
@@ -189,14 +190,14 @@ fn guest_first(
             false => None,
         };
         switchover::stop(job, held)?;
-        log.take_into(&map)?;
+        let hot = log.take_bits_into(&map)?;
         add(&job.report.counters.dirty_sync_count, 1);
         let sections = switchover::device_sections(job, held)?;
         // Whatever it said while the guest was being stopped, it said in time.
         stream.check_answers()?;
-        Ok((agreed, urgent, sections))
+        Ok((agreed, urgent, sections, hot))
     };
-    let (agreed, urgent, sections) = prepare().map_err(Failed::Before)?;
+    let (agreed, urgent, sections, hot) = prepare().map_err(Failed::Before)?;
     let map = postcopy::map_for(agreed, ram, map);
     let postcopy = Postcopy {
         ram,
@@ -205,6 +206,7 @@ fn guest_first(
         cancel: &job.cancel,
         links: &job.links,
         content: None,
+        hot: Some(hot),
         urgent_ends_with_mark: false,
     };
     let mut away = Away { job, held, before: None };

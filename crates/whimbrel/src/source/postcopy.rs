@@ -21,6 +21,7 @@ use whimbrel_wire::{
 
 use super::answers::Answers;
 use super::background::{Background, Held};
+use super::hot::Hot;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -73,6 +74,8 @@ pub(crate) struct Postcopy<'a> {
     pub(crate) links: &'a Links,
     /// Pages that may hold something else than zeros; `None` to ask the kernel.
     pub(crate) content: Option<DirtyBits>,
+    /// Pages that the guest wrote last, where that is known.
+    pub(crate) hot: Option<DirtyBits>,
     /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
     pub(crate) urgent_ends_with_mark: bool,
 }
@@ -280,6 +283,7 @@ impl<'a> Postcopy<'a> {
             wanted,
             said,
             held: Held::new(beside_urgent, &mut stream.out),
+            hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
         background.run(&mut stream.out)?;
         all_sent.store(true, Ordering::Release);
