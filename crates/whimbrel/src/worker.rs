@@ -26,6 +26,8 @@ pub(crate) enum Role {
     DestinationUrgent,
     /// Loads the devices, and runs the guest.
     DestinationLoad,
+    /// Makes huge pages of small ones that have all arrived.
+    DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
     DestinationTouch,
 }
@@ -41,6 +43,7 @@ impl Role {
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
+            Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
         }
     }
@@ -238,6 +241,7 @@ mod tests {
             Role::DestinationFault,
             Role::DestinationUrgent,
             Role::DestinationLoad,
+            Role::DestinationRestore,
             Role::DestinationTouch,
         ] {
             assert!(role.name().len() <= 15);

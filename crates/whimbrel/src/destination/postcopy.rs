@@ -2,7 +2,7 @@
 //!
 //! `dest/main` goes on reading the main channel, `dest/urgent` the urgent one; `dest/fault` asks
 //! for what the guest touches; `dest/load` loads the devices and runs the guest, so that pages can
-//! come meanwhile. Whichever fails first breaks all connections, and its reason is the one told.
+//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all connections, and its reason is the one told.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +23,7 @@ use super::fault::Asking;
 use super::incoming::{Devices, Host};
 use super::input::Input;
 use super::outbox::Outbox;
+use super::restore;
 use super::urgent::{self, Urgent};
 use crate::channel::Listener;
 use crate::error::Error;
@@ -230,6 +231,10 @@ fn receive(
                 let body =
                     move || shared.check(take_urgent(listener, announced, arriving, &shared.stop));
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
+            }
+            if restore::is_of_use(absent) {
+                let body = || shared.check(restore::run(absent, &shared.stop));
+                scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
             }
             let body = move || shared.check(load(devices, &pings, host, asked, shared));
             let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;

@@ -99,6 +99,8 @@ impl Background<'_> {
             let before = out.bytes();
             // Also all the rest of a host page that somebody waits for: no pace is kept with it.
             let asked = self.take_asked(out)? || self.pages.is_waited_for();
+            pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
+            let wait = pace.wait(now());
             if !asked {
                 if self.map.pending() == 0 && !self.pages.has_begun_one() {
                     break;
@@ -107,8 +109,6 @@ impl Background<'_> {
                     self.wanted.wait(STEP_BACK);
                     continue;
                 }
-                pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
-                let wait = pace.wait(now());
                 if wait > Duration::ZERO {
                     self.wanted.wait(wait.min(LOOK));
                     continue;
@@ -116,12 +116,17 @@ impl Background<'_> {
             }
             self.held.look(out, self.wanted, now());
             out.channel().ready_to_send(None)?;
-            self.gather(out)?;
+            // What nobody asked for goes along only where that is paid for.
+            let alone = asked && wait > Duration::ZERO;
+            match alone {
+                true => self.pages.gather_open(out, self.held.piece)?,
+                false => self.gather(out)?,
+            }
             out.flush()?;
             self.pages.sent();
             let bytes = out.bytes() - before;
             share.went(bytes);
-            if !asked {
+            if !alone {
                 pace.sent(bytes, now());
             }
             self.tell(out, bytes);

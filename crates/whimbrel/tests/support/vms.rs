@@ -7,7 +7,7 @@
 )]
 
 use std::fs;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -220,6 +220,61 @@ impl Held {
             assert!(
                 start.elapsed() < Duration::from_secs(5),
                 "{what}: left behind: before {self:?}, after {now:?}"
+            );
+            sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// For tests that share a process: one at a time, and when it ends nothing of the engine's is left.
+pub(crate) struct Alone {
+    before: Vec<String>,
+    /// Waits for pages that never come stay watched until the process ends: so many.
+    kept: usize,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Alone {
+    pub(crate) fn begin() -> Alone {
+        static TURN: Mutex<()> = Mutex::new(());
+        // A test that failed has said so.
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        Alone { before: Alone::now(), kept: 0, _turn: turn }
+    }
+
+    /// One destination was left with pages missing.
+    pub(crate) fn keeps_one(&mut self) {
+        self.kept += 1;
+    }
+
+    /// Threads and descriptors that are the engine's or the VM's.
+    fn now() -> Vec<String> {
+        let ours = ["source/", "dest/", "vcpu-", "proxy"];
+        let threads = entries("/proc/self/task")
+            .filter_map(|task| fs::read_to_string(task.join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .filter(|name| ours.iter().any(|ours| name.starts_with(ours)));
+        let descriptors = entries("/proc/self/fd")
+            .filter_map(|fd| fs::read_link(fd).ok())
+            .map(|target| target.display().to_string())
+            .filter(|target| target.starts_with("socket:") || target.starts_with("anon_inode:"))
+            .map(|target| target.split(":[").next().unwrap_or_default().to_owned());
+        let mut all: Vec<String> = threads.chain(descriptors).collect();
+        all.sort_unstable();
+        all
+    }
+
+    /// Waits for the last of them to go: a joined thread stays listed for a moment.
+    pub(crate) fn expect_nothing_left(&self, what: &str) {
+        let mut expected = self.before.clone();
+        expected.extend((0..self.kept).map(|_| "anon_inode:[userfaultfd]".to_owned()));
+        expected.sort_unstable();
+        let start = Instant::now();
+        while Alone::now() != expected {
+            let now = Alone::now();
+            assert!(
+                start.elapsed() < Duration::from_secs(5),
+                "{what}: left behind: expected {expected:?}, found {now:?}"
             );
             sleep(Duration::from_millis(1));
         }

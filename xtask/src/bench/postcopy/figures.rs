@@ -45,7 +45,7 @@ pub(super) struct Figures {
     pub(super) downtime_ms: Option<f64>,
     pub(super) source_cpu_s: f64,
     pub(super) destination_cpu_s: f64,
-    /// What the destination itself says of its faults, where it does.
+    /// What the two sides themselves say of its faults, where they do.
     pub(super) own: Value,
 }
 
@@ -112,7 +112,7 @@ impl Row {
                 .iter()
                 .map(|metric| (metric.name.to_owned(), json!((metric.of)(run))))
                 .collect();
-            figures.insert("destination-says".into(), run.own.clone());
+            figures.insert("reported".into(), run.own.clone());
             Value::Object(figures)
         });
         object.insert("runs".into(), runs.collect());

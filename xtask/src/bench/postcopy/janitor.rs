@@ -15,8 +15,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// How many pages of 2 MiB the kernel keeps for those who ask.
+/// The pages of 2 MiB that the kernel keeps for those who ask: all, unused, and unused but promised.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+const HUGE_PAGES_FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const HUGE_PAGES_PROMISED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages";
 /// The congestion controls that a network namespace may be set to.
 const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
@@ -130,13 +132,23 @@ impl Janitor {
         writeln!(tell, "{trace}").context("the process that undoes everything is gone")
     }
 
-    /// Keeps so many huge pages more, until the end.
-    pub(super) fn keep_huge_pages(&mut self, more: u32) -> Result<()> {
-        let before: u32 = fs::read_to_string(HUGE_PAGES).context(HUGE_PAGES)?.trim().parse()?;
+    /// Has the kernel keep more huge pages, until the end, if there are not so many to be had. Says
+    /// whether it had to: somebody else may change their number at any time.
+    pub(super) fn keep_huge_pages(&mut self, needed: u32) -> Result<bool> {
+        let lacking = || -> Result<u32> {
+            let free = count(HUGE_PAGES_FREE)?.saturating_sub(count(HUGE_PAGES_PROMISED)?);
+            Ok(needed.saturating_sub(free))
+        };
+        let more = lacking()?;
+        if more == 0 {
+            return Ok(false);
+        }
+        let before = count(HUGE_PAGES)?;
         self.set(HUGE_PAGES, &before.to_string(), &(before + more).to_string())?;
-        let now: u32 = fs::read_to_string(HUGE_PAGES)?.trim().parse()?;
-        ensure!(now >= before + more, "the kernel keeps {now} huge pages, {more} more are needed");
-        Ok(())
+        let short = lacking()?;
+        let now = count(HUGE_PAGES)?;
+        ensure!(short == 0, "the kernel keeps {now} huge pages: {short} more are needed");
+        Ok(true)
     }
 
     /// Lets namespaces be set to this congestion control, until the end.
@@ -153,6 +165,11 @@ impl Janitor {
         self.will_make(&Trace::Setting { path: path.into(), before: before.to_owned() })?;
         fs::write(path, now).with_context(|| format!("{path} (this needs root)"))
     }
+}
+
+fn count(path: &str) -> Result<u32> {
+    let text = fs::read_to_string(path).with_context(|| path.to_owned())?;
+    text.trim().parse().with_context(|| format!("{path}: {text:?}"))
 }
 
 impl Drop for Janitor {

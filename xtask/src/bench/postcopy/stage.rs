@@ -107,7 +107,9 @@ impl Stage<'_> {
             Some(settled) => {
                 let later = self.qemu()?.whole_record(&mut destination.qmp)?;
                 let earlier = self.qemu()?.whole_record(&mut source.qmp)?;
-                self.of_guest(&earlier, &later, settled, &mut destination.qmp)?
+                let sent = source.qmp.execute("query-migrate", &json!({}))?;
+                let says = destination.qmp.execute("query-migrate", &json!({}))?;
+                of_guest(settled, [&earlier, &later], &sent, &says)?
             }
             None => {
                 let report = destination.qmp.execute("query-migrate", &json!({}))?;
@@ -142,8 +144,9 @@ impl Stage<'_> {
         let mut source = Helper::start(network.at(End::Source, &command), &files)?;
         let arrived = until_completed(&mut destination.qmp, "the destination")?;
         let later = self.qemu()?.whole_record(&mut destination.qmp)?;
-        let (faults, own) = self.of_guest(&record, &later, settled, &mut destination.qmp)?;
+        let says = destination.qmp.execute("query-migrate", &json!({}))?;
         let ended = source.wait(MIGRATION_MAX)?;
+        let (faults, own) = of_guest(settled, [&record, &later], &ended.said, &says)?;
         let resumed = resumed(&arrived)?;
         Ok(Figures {
             faults,
@@ -253,21 +256,6 @@ impl Stage<'_> {
         Ok(format!("tcp:{DESTINATION_ADDRESS}:{port}"))
     }
 
-    /// Faults by the guest's own clock, and what its QEMU says of them.
-    fn of_guest(
-        &self,
-        source: &Record,
-        destination: &Record,
-        settled: Settled,
-        qmp: &mut Qmp,
-    ) -> Result<(Faults, Value)> {
-        let faults = destination.faults(source, settled.rate)?;
-        let report = qmp.execute("query-migrate", &json!({}))?;
-        let mut own = of_counters(&report);
-        own["stray-touches-per-s"] = json!(settled.stray_per_s);
-        Ok((faults, own))
-    }
-
     fn qemu(&self) -> Result<&QemuGuest> {
         self.qemu.as_ref().context("this run has no QEMU")
     }
@@ -344,6 +332,22 @@ fn resumed(events: &[Event]) -> Result<Duration> {
 /// Zero if it is the other way round: two processes' events are stamped apart.
 fn seconds(from: Duration, to: Duration) -> f64 {
     to.saturating_sub(from).as_secs_f64()
+}
+
+/// Faults by the guest's own clock, from what it had recorded when it left its source and when all
+/// of it had arrived; and what the two sides' reports say of them.
+fn of_guest(
+    settled: Settled,
+    [left, arrived]: [&Record; 2],
+    source: &Value,
+    destination: &Value,
+) -> Result<(Faults, Value)> {
+    let asked = source["ram"]["postcopy-requests"].as_u64();
+    let faults = arrived.faults(left, asked.map(usize::try_from).transpose()?, settled.rate)?;
+    let mut says = of_counters(destination);
+    says["postcopy-requests"] = json!(asked);
+    says["stray-touches-per-s"] = json!(settled.stray_per_s);
+    Ok((faults, says))
 }
 
 /// The counters of a destination's own, as far as it has some.
