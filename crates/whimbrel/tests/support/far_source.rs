@@ -7,10 +7,11 @@
 )]
 
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketType, socket, sockopt};
 use whimbrel::{Address, Vm};
 use whimbrel_vm::{Config, ReferenceVm};
 use whimbrel_wire::{
@@ -45,7 +46,12 @@ pub(crate) struct FarSource {
 
 fn connect(address: &Address) -> TcpStream {
     let Address::Tcp { host, port } = address else { panic!("{address} is not TCP") };
-    let stream = TcpStream::connect((host.as_str(), *port)).expect("it listens");
+    let socket = socket(AddressFamily::INET, SocketType::STREAM, None).expect("a socket");
+    // Small, and so before it connects: what is not read soon fills it.
+    sockopt::set_socket_recv_buffer_size(&socket, 16 << 10).expect("a small buffer");
+    let there: SocketAddr = format!("{host}:{port}").parse().expect("an address");
+    rustix::net::connect(&socket, &there).expect("it listens");
+    let stream = TcpStream::from(socket);
     stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
     stream
 }
