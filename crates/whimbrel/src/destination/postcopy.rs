@@ -146,18 +146,19 @@ pub(super) fn run(
     terms.report.set_faults(asked.clone());
     let shared = Shared::new(terms.links).map_err(before)?;
     let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
-    let reason = match (result, shared.take_reason()) {
-        (Ok(()), None) => {
-            return absent
-                .finish()
-                .map_err(Error::system("letting go of guest RAM"))
-                .map_err(before);
+    let ran = shared.ran.load(Ordering::SeqCst);
+    match shared.take_reason().or(result.err()) {
+        Some(reason) if !ran => Err(Failed::Before(reason)),
+        Some(reason) if absent.received().missing() > 0 => {
+            Err(Failed::After(reason, Box::new(absent)))
         }
-        (_, Some(reason)) | (Err(reason), None) => reason,
-    };
-    match shared.ran.load(Ordering::SeqCst) {
-        true => Err(Failed::After(reason, Box::new(absent))),
-        false => Err(Failed::Before(reason)),
+        // Every page has come: what failed after that takes nothing from the guest.
+        _ => {
+            if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
+                terms.report.set_error(error.to_string());
+            }
+            Ok(())
+        }
     }
 }
 

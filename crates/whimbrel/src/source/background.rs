@@ -19,7 +19,7 @@ use super::setup::RAM_SECTION;
 use super::wanted::Wanted;
 use crate::channel::link::{self, Class, Flow};
 use crate::error::Error;
-use crate::plan::{Outflow, Pace, Share, Window};
+use crate::plan::{Outflow, Pace, Rate, Share, Window};
 use crate::report::{Report, add, get, set};
 use crate::settings::Parameters;
 
@@ -44,6 +44,8 @@ pub(super) struct Background<'a> {
     pub(super) held: Held,
     /// What goes before the rest.
     pub(super) hot: Option<Hot>,
+    /// How fast it all goes, for the report.
+    pub(super) rate: Rate,
 }
 
 /// How the main channel is held to leave the link's queue to urgent pages.
@@ -197,12 +199,17 @@ impl Background<'_> {
         Ok(())
     }
 
-    fn tell(&self, out: &Out, bytes: u64) {
+    fn tell(&mut self, out: &Out, bytes: u64) {
         let counters = &self.report.counters;
         let urgent = self.wanted.urgent_bytes();
         add(&counters.background_bytes, bytes);
-        set(&counters.postcopy_bytes, get(&counters.background_bytes) + urgent);
+        let sent = get(&counters.background_bytes) + urgent;
+        set(&counters.postcopy_bytes, sent);
         set(&counters.transferred, out.bytes() + urgent);
         set(&counters.remaining, self.map.pending() * TARGET_PAGE.bytes() as u64);
+        if let Some(rate) = self.rate.sent(sent, self.report.started().elapsed()) {
+            set(&counters.bytes_per_second, rate);
+            set(&counters.pages_per_second, rate / TARGET_PAGE.bytes() as u64);
+        }
     }
 }

@@ -32,6 +32,7 @@ use crate::address::Address;
 use crate::channel::{self, Channel, link};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::plan::Rate;
 use crate::report::{Report, add, set};
 use crate::settings::Parameters;
 use crate::worker::{Cancel, Links, Role, scoped};
@@ -283,6 +284,7 @@ impl<'a> Postcopy<'a> {
             wanted,
             said,
             held: Held::new(beside_urgent, &mut stream.out),
+            rate: Rate::default(),
             hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
         background.run(&mut stream.out)?;
