@@ -19,12 +19,9 @@ impl Features {
     pub(crate) const SMALL_PIECES: Features = Features(1);
     /// A package is loaded, and that is said, before its last command (RUN) has come.
     pub(crate) const RUN_APART: Features = Features(2);
-    /// The destination waits for every page, not only for those it asked for, before it ends the
-    /// urgent channel: pages may be sent there unasked.
-    pub(crate) const WAITS_FOR_ALL: Features = Features(4);
 
     /// What this version can do.
-    pub(crate) const ALL: Features = Features(1 | 2 | 4);
+    pub(crate) const ALL: Features = Features(1 | 2);
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
     pub(crate) fn of_destination(small_pieces: bool) -> Features {
