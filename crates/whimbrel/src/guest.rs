@@ -49,8 +49,23 @@ enum Slot {
     Taken,
     /// With another host, or not come yet.
     Elsewhere,
+    /// Given up, and the migration waits to hear whether the destination took it.
+    HandedOver,
     /// Given up, and nobody knows whether the destination took it: a human has to say.
     InDoubt,
+}
+
+/// A migration out of here; its end is that of all waiting for the other host.
+#[derive(Debug)]
+pub(crate) struct HandingOver<'g>(&'g Guest);
+
+impl Drop for HandingOver<'_> {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        if matches!(inner.right, Slot::HandedOver) {
+            inner.right = Slot::InDoubt;
+        }
+    }
 }
 
 impl std::fmt::Debug for Guest {
@@ -111,7 +126,7 @@ impl Guest {
                 Slot::Taken => {
                     inner = self.returned.wait(inner).unwrap_or_else(PoisonError::into_inner);
                 }
-                elsewhere @ (Slot::Elsewhere | Slot::InDoubt) => {
+                elsewhere @ (Slot::Elsewhere | Slot::HandedOver | Slot::InDoubt) => {
                     inner.right = elsewhere;
                     return Taken::Elsewhere;
                 }
@@ -132,14 +147,21 @@ impl Guest {
         self.returned.notify_all();
     }
 
-    /// The right has been given up for another host to take. Until it is known that the host did
-    /// ([`right_is_taken`](Guest::right_is_taken)), only a human can decide that it did not.
+    /// The right has been given up for another host to take. Nobody gets it here until it is known
+    /// that the host did take it ([`right_is_taken`](Guest::right_is_taken)), or that nobody will
+    /// ever know ([`handing_over`](Guest::handing_over)).
     pub(crate) fn give_up_right(&self, right: RunRight) {
         let RunRight(()) = right;
         let mut inner = self.lock();
-        inner.right = Slot::InDoubt;
+        inner.right = Slot::HandedOver;
         inner.state = RunState::Postmigrate;
         self.returned.notify_all();
+    }
+
+    /// For the time of a migration out of here: when it ends, and the right was given up for good
+    /// and nobody knows whether the other host took it, only a human can decide that it did not.
+    pub(crate) fn handing_over(&self) -> HandingOver<'_> {
+        HandingOver(self)
     }
 
     /// The other host said that it has the right that was given up.
@@ -157,17 +179,25 @@ impl Guest {
 
     /// The right had been given up, and the other host was not told so: it comes back.
     pub(crate) fn right_is_returned(&self) -> Option<RunRight> {
-        self.right_by_order()
+        self.right_out_of(|slot| matches!(slot, Slot::HandedOver))
     }
 
     /// A human takes the right back after a hand-over whose outcome nobody knows.
     fn right_by_order(&self) -> Option<RunRight> {
+        self.right_out_of(|slot| matches!(slot, Slot::InDoubt))
+    }
+
+    fn right_out_of(&self, given_up: impl Fn(&Slot) -> bool) -> Option<RunRight> {
         let mut inner = self.lock();
-        if !matches!(inner.right, Slot::InDoubt) {
+        if !given_up(&inner.right) {
             return None;
         }
         inner.right = Slot::Taken;
         Some(RunRight(()))
+    }
+
+    fn is_handed_over(&self) -> bool {
+        matches!(self.lock().right, Slot::HandedOver)
     }
 
     /// `stop`.
@@ -205,6 +235,11 @@ impl Guest {
             Taken::Elsewhere => self.right_by_order().ok_or_else(|| match self.state() {
                 RunState::Inmigrate => Error::Refused(
                     "the guest has not arrived yet: it runs when its migration is complete".into(),
+                ),
+                _ if self.is_handed_over() => Error::Refused(
+                    "the guest has been handed over and may be running at the destination: \
+                     wait for the end of the migration, which says more"
+                        .into(),
                 ),
                 _ => Error::Refused("the guest has moved to the destination and runs there".into()),
             })?,

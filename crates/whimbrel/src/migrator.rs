@@ -62,7 +62,8 @@ struct Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // Before the worker is joined.
+        // Before the worker is joined, and the reason before what it is the reason of.
+        self.cancel.set();
         self.links.end();
     }
 }
@@ -339,6 +340,7 @@ impl Migrator {
     /// and waits for its thread.
     pub fn end(&self) {
         let worker = self.lock().run.as_mut().and_then(|run| {
+            run.cancel.set();
             run.links.end();
             run.worker.take()
         });

@@ -1,5 +1,7 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
+mod urgency;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,6 +48,11 @@ impl Role {
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
         }
+    }
+
+    /// Whether a guest waits whenever such a thread has something to do.
+    fn is_waited_for(self) -> bool {
+        matches!(self, Role::SourceUrgent | Role::DestinationFault | Role::DestinationUrgent)
     }
 }
 
@@ -182,6 +189,12 @@ pub(crate) fn scoped<'s, T: Send + 's>(
     role: Role,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
+    let work = move || {
+        if role.is_waited_for() {
+            urgency::run_soon_when_woken();
+        }
+        work()
+    };
     thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
 }
 

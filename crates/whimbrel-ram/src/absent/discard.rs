@@ -10,12 +10,14 @@ use crate::backing::Backing;
 use crate::kernel_copy::PIECES_MAX;
 use crate::{RamBlock, TARGET_PAGE};
 
-/// Takes pages out of memory, and out of the file where others see what is written to it.
+/// Takes pages out of memory, so that the next touch of them is told of. Those of shared memory in
+/// small pages stay in the page cache, which nobody trusts: to take them out there costs many times
+/// as much, while the guest stands still.
 pub(super) fn discard(block: &RamBlock, runs: &[Range<u64>]) -> io::Result<()> {
     let huge = block.host_page_size() > TARGET_PAGE;
     let each = |advice| runs.iter().try_for_each(|run| advise(block, run, advice));
     match block.backing() {
-        Backing::Shared { .. } => each(libc::MADV_REMOVE),
+        Backing::Shared { .. } if huge => each(libc::MADV_REMOVE),
         // Shared or not, only the VMM knows: the kernel refuses the one where it is the other.
         Backing::External(_) if huge => {
             each(libc::MADV_REMOVE).or_else(|_| each(libc::MADV_DONTNEED))
@@ -24,8 +26,8 @@ pub(super) fn discard(block: &RamBlock, runs: &[Range<u64>]) -> io::Result<()> {
     }
 }
 
-/// Takes runs of pages out of memory, many with one call: the guest stands still meanwhile, and
-/// there may be hundreds of thousands. Linux 6.13 or later.
+/// Takes runs of pages out of memory, many with one call: there may be hundreds of thousands. Linux
+/// 6.13 or later.
 fn discard_many(block: &RamBlock, runs: &[Range<u64>]) -> io::Result<()> {
     // SAFETY: takes numbers, gives a new file descriptor.
     let process = unsafe { libc::syscall(libc::SYS_pidfd_open, process::id(), 0) };

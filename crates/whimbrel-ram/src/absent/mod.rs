@@ -42,8 +42,8 @@ pub enum Split {
 /// Used by several threads at once; no lock is held while the kernel is called.
 ///
 /// Dropped before it is [finished](AbsentRam::finish), it stops watching: who waits goes on and
-/// finds zeros in place of what has not arrived, and so does everybody else from then on. Stop the
-/// guest first, and do not run it again.
+/// finds zeros, or what was there before, in place of what has not arrived, and so does everybody
+/// else from then on. Stop the guest first, and do not run it again.
 #[derive(Debug)]
 pub struct AbsentRam {
     ram: GuestRam,

@@ -132,8 +132,8 @@ impl AbsentRam {
             if region.kind != Kind::Shared || !exists(&error) {
                 return (at - bytes.start, Err(error));
             }
-            // In the page cache as a part of a huge folio, and mapped nowhere: the others go
-            // the same way.
+            // In the page cache, by an older version or as a part of a huge folio, and mapped
+            // nowhere: the others go the same way.
             let rest = at..bytes.end;
             let content = content.part(bytes.start, &rest);
             if let Err(error) = write_file(block, &rest, content, &self.zeros) {

@@ -21,6 +21,8 @@ pub(super) struct Assembly<'a> {
     held: Held,
     /// Content of what is held.
     bytes: Vec<u8>,
+    /// Which parts of the host page that is held have come, one bit each.
+    parts: Vec<u64>,
 }
 
 /// What has come and is not placed yet.
@@ -47,7 +49,7 @@ enum Held {
 
 impl<'a> Assembly<'a> {
     pub(super) fn new(arriving: &'a Arriving<'a>, via: Via) -> Assembly<'a> {
-        Assembly { arriving, via, held: Held::Nothing, bytes: Vec::new() }
+        Assembly { arriving, via, held: Held::Nothing, bytes: Vec::new(), parts: Vec::new() }
     }
 
     /// A target page has come.
@@ -93,6 +95,11 @@ impl<'a> Assembly<'a> {
             return Err(self.incomplete(begun, pages));
         }
         let at = usize::try_from(offset - start).expect("inside a page");
+        let (word, bit) = (at / PAGE / 64, 1 << (at / PAGE % 64));
+        if self.parts[word] & bit != 0 {
+            return Err(self.wrong(page, &format!("part {} comes twice", at / PAGE)));
+        }
+        self.parts[word] |= bit;
         self.bytes.resize(unit.bytes(), 0);
         match content {
             Some(content) => self.bytes[at..at + PAGE].copy_from_slice(content),
@@ -116,6 +123,9 @@ impl<'a> Assembly<'a> {
         if !matches!(self.held, Held::Part { .. }) {
             self.place_run()?;
             self.arriving.begun(self.via, Some(page))?;
+            let parts = self.arriving.absent.unit(page.block).target_pages();
+            self.parts.clear();
+            self.parts.resize(usize::try_from(parts.div_ceil(64)).expect("a page"), 0);
             self.held = Held::Part { page, start, pages: 0, zero: true, read };
         }
         Ok(self.held)
@@ -175,14 +185,14 @@ impl<'a> Assembly<'a> {
     }
 
     fn incomplete(&self, page: HostPage, pages: u64) -> Error {
-        let unit = self.arriving.absent.unit(page.block);
-        Error::Refused(format!(
-            "{} channel: of host page {} of block {} only {pages} of {} parts have come, and then \
-             something else",
-            self.via.name(),
-            page.number,
-            self.arriving.absent.ram().block(page.block).name(),
-            unit.target_pages()
-        ))
+        let parts = self.arriving.absent.unit(page.block).target_pages();
+        let problem = format!("only {pages} of {parts} parts have come, and then something else");
+        self.wrong(page, &problem)
+    }
+
+    fn wrong(&self, page: HostPage, problem: &str) -> Error {
+        let block = self.arriving.absent.ram().block(page.block).name();
+        let (via, number) = (self.via.name(), page.number);
+        Error::Refused(format!("{via} channel: of host page {number} of block {block} {problem}"))
     }
 }

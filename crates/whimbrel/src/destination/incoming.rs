@@ -17,6 +17,7 @@ use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::hello::Features;
+use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
 
@@ -168,7 +169,9 @@ impl Incoming {
         let (Some(Setup { announced, ram, blocks, received: Some(received) }), true) =
             (self.setup.clone(), self.return_path)
         else {
-            return Err(refused("a package without the return path, or without RAM before it"));
+            return Err(refused(
+                "a package, but no return path was opened or no postcopy of RAM announced before",
+            ));
         };
         // With it goes the thread that populates memory: what has not come must stay untouched.
         self.placing = None;
@@ -379,9 +382,15 @@ impl Incoming {
 
     /// The migration failed here: tells the source, as far as it listens.
     pub(crate) fn fail(mut self) {
-        if self.return_path {
-            // The connection may be what failed; then there is nobody to tell.
-            let _ = self.answer(&ReturnMessage::Shut(1));
+        // Its waits may have been ended, and are not begun again: a source that does not read is
+        // told nothing. Nor is one whose connection is what failed.
+        if self.return_path
+            && let Ok(now) = Cancel::new()
+        {
+            self.input.channel().heed(now);
+            if let Ok(Woken::Ready) = self.input.channel().ready_to_send(Some(Duration::ZERO)) {
+                let _ = self.answer(&ReturnMessage::Shut(1));
+            }
         }
     }
 }

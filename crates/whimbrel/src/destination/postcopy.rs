@@ -146,18 +146,19 @@ pub(super) fn run(
     terms.report.set_faults(asked.clone());
     let shared = Shared::new(terms.links).map_err(before)?;
     let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
-    let reason = match (result, shared.take_reason()) {
-        (Ok(()), None) => {
-            return absent
-                .finish()
-                .map_err(Error::system("letting go of guest RAM"))
-                .map_err(before);
+    let ran = shared.ran.load(Ordering::SeqCst);
+    match shared.take_reason().or(result.err()) {
+        Some(reason) if !ran => Err(Failed::Before(reason)),
+        Some(reason) if absent.received().missing() > 0 => {
+            Err(Failed::After(reason, Box::new(absent)))
         }
-        (_, Some(reason)) | (Err(reason), None) => reason,
-    };
-    match shared.ran.load(Ordering::SeqCst) {
-        true => Err(Failed::After(reason, Box::new(absent))),
-        false => Err(Failed::Before(reason)),
+        // Every page has come: what failed after that takes nothing from the guest.
+        _ => {
+            if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
+                terms.report.set_error(error.to_string());
+            }
+            Ok(())
+        }
     }
 }
 
@@ -212,7 +213,9 @@ fn receive(
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
     let mut output = input.channel().other_direction("return path")?;
-    output.heed(shared.stop.clone());
+    // Not what ends its other waits: at the end `dest/main` waits for this thread, which may be
+    // waiting for a source that reads no answer.
+    output.heed(links.clone());
     let done = new_cancel()?;
     let asking = Asking {
         arriving: &arriving,
@@ -298,7 +301,8 @@ fn load(
         .stop
         .wait(shared.run.as_fd(), PollFlags::IN, None)
         .map_err(Error::system("waiting for RUN"))?;
-    if woken == Woken::Cancelled {
+    // When RUN has come the guest is ours alone, whatever has become of the connection since.
+    if woken == Woken::Cancelled && !shared.run.is_set() {
         return Err(Error::Cancelled);
     }
     asked.set_vcpus(host.vcpu_threads());
@@ -386,9 +390,11 @@ const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
 /// The source has sent everything: what is still on its way on the urgent channel comes soon.
 fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, beside_urgent: bool) -> Result<(), Error> {
     let mut missing = arriving.absent.received().missing();
+    // Without another channel there is nothing to wait for.
+    let patience = if beside_urgent { SILENCE } else { Duration::ZERO };
     loop {
         let woken = links
-            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(SILENCE))
+            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(patience))
             .map_err(Error::system("waiting for the last pages"))?;
         let left = arriving.absent.received().missing();
         match woken {

@@ -10,10 +10,6 @@ use crate::worker::{Cancel, Woken};
 /// How long it rests when there is nothing to do. Nobody waits for it.
 const REST: Duration = Duration::from_millis(5);
 
-/// It has nothing to do with pages that somebody waits for, and is not to take a processor from
-/// those that have.
-const NICE: i32 = 10;
-
 /// Whether there are huge pages that are placed in small pieces.
 pub(super) fn is_of_use(absent: &AbsentRam) -> bool {
     let mut blocks = absent.ram().blocks();
@@ -21,9 +17,10 @@ pub(super) fn is_of_use(absent: &AbsentRam) -> bool {
 }
 
 /// Restores until it is stopped; what is left then is done at the end.
+///
+/// At the priority of all others: a thread that were set aside while it changes the address space
+/// would hold up everybody who places a page.
 pub(super) fn run(absent: &AbsentRam, stop: &Cancel) -> Result<(), Error> {
-    // Of this thread alone, on Linux. Where it may not be changed, it stays.
-    let _ = rustix::process::nice(NICE);
     loop {
         let restored = absent.restore_next().map_err(Error::system("restoring huge pages"))?;
         let rest = if restored { Duration::ZERO } else { REST };

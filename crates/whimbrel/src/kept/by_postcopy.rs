@@ -97,6 +97,7 @@ pub(super) fn send(
         cancel: &restoring.cancel,
         links: &restoring.links,
         content: Some(content(vm)),
+        hot: None,
         urgent_ends_with_mark: ends_with_mark,
     };
     postcopy.run(&map, stream, urgent, vm.devices.sections.clone(), &mut Kept(restoring))

@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
+mod hot;
 pub(crate) mod out;
 mod pages;
 pub(crate) mod postcopy;
@@ -99,7 +100,10 @@ pub(crate) fn run(job: &Job) {
     let _guard = EndsFailed(&job.report);
     job.guest.emit(&Event::Migration(MigrationStatus::Setup));
     let mut held = Held::Untouched;
-    let outcome = migrate(job, &mut held);
+    let outcome = {
+        let _doubt = job.guest.handing_over();
+        migrate(job, &mut held)
+    };
     // Also after success: a guest kept in a file may be told to run on here.
     job.guest.vm().throttle(0);
     match outcome {
@@ -186,12 +190,14 @@ fn guest_first(
             false => None,
         };
         switchover::stop(job, held)?;
-        log.take_into(&map)?;
+        let hot = log.take_bits_into(&map)?;
         add(&job.report.counters.dirty_sync_count, 1);
         let sections = switchover::device_sections(job, held)?;
-        Ok((agreed, urgent, sections))
+        // Whatever it said while the guest was being stopped, it said in time.
+        stream.check_answers()?;
+        Ok((agreed, urgent, sections, hot))
     };
-    let (agreed, urgent, sections) = prepare().map_err(Failed::Before)?;
+    let (agreed, urgent, sections, hot) = prepare().map_err(Failed::Before)?;
     let map = postcopy::map_for(agreed, ram, map);
     let postcopy = Postcopy {
         ram,
@@ -200,6 +206,7 @@ fn guest_first(
         cancel: &job.cancel,
         links: &job.links,
         content: None,
+        hot: Some(hot),
         urgent_ends_with_mark: false,
     };
     let mut away = Away { job, held, before: None };

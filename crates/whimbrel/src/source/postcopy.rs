@@ -21,6 +21,7 @@ use whimbrel_wire::{
 
 use super::answers::Answers;
 use super::background::{Background, Held};
+use super::hot::Hot;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -31,6 +32,7 @@ use crate::address::Address;
 use crate::channel::{self, Channel, link};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::plan::Rate;
 use crate::report::{Report, add, set};
 use crate::settings::Parameters;
 use crate::worker::{Cancel, Links, Role, scoped};
@@ -73,6 +75,8 @@ pub(crate) struct Postcopy<'a> {
     pub(crate) links: &'a Links,
     /// Pages that may hold something else than zeros; `None` to ask the kernel.
     pub(crate) content: Option<DirtyBits>,
+    /// Pages that the guest wrote last, where that is known.
+    pub(crate) hot: Option<DirtyBits>,
     /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
     pub(crate) urgent_ends_with_mark: bool,
 }
@@ -140,7 +144,7 @@ impl<'a> Postcopy<'a> {
             let spawned = scoped(scope, Role::SourceUrgent, body);
             spawned.map_err(Error::system("starting a thread")).map_err(Failed::Before)?;
             let result = self
-                .give_away(map, &mut stream, sections, run_apart.then_some(said), hand_over)
+                .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
                 .and_then(|()| {
                     self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt))
                         .map_err(Failed::After)
@@ -149,13 +153,11 @@ impl<'a> Postcopy<'a> {
                 links.break_now();
             }
             // What the return path said, or what became of it, is the reason.
-            result.map_err(|failed| match (failed, said.take_error()) {
-                (Failed::Before(Error::Cancelled), Some(reason)) if !self.cancel.is_set() => {
+            result.map_err(|failed| match (failed, said.take_reason()) {
+                (Failed::Before(_), Some(reason)) if !self.cancel.is_set() => {
                     Failed::Before(reason)
                 }
-                (Failed::After(Error::Cancelled | Error::PeerGone), Some(reason)) => {
-                    Failed::After(reason)
-                }
+                (Failed::After(_), Some(reason)) => Failed::After(reason),
                 (failed, _) => failed,
             })
         })
@@ -200,17 +202,20 @@ impl<'a> Postcopy<'a> {
         map: &PageMap,
         stream: &mut Stream,
         sections: Vec<DeviceSection>,
-        run_apart: Option<&Said>,
+        (said, run_apart): (&Said, bool),
         hand_over: &mut dyn HandOver,
     ) -> Result<(), Failed> {
         let before = stream.out.bytes();
         self.send_package(map, stream, sections).map_err(Failed::Before)?;
-        if let Some(said) = run_apart {
+        if run_apart {
             // Up to here a destination that cannot load the devices leaves the guest here.
             said.wait_for_pong(PACKAGE_LOADED_PING, self.cancel).map_err(Failed::Before)?;
         }
         if self.cancel.is_set() {
             return Err(Failed::Before(Error::Cancelled));
+        }
+        if said.is_over() {
+            return Err(Failed::Before(Error::PeerGone)); // It says why.
         }
         hand_over.give_up();
         let sent_before = stream.out.channel().bytes_out();
@@ -279,6 +284,8 @@ impl<'a> Postcopy<'a> {
             wanted,
             said,
             held: Held::new(beside_urgent, &mut stream.out),
+            rate: Rate::default(),
+            hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
         background.run(&mut stream.out)?;
         all_sent.store(true, Ordering::Release);

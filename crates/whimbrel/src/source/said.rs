@@ -61,9 +61,16 @@ impl Said {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Why the return path ended, if it failed.
-    pub(super) fn take_error(&self) -> Option<Error> {
-        self.lock().error.take()
+    /// Why there is no going on, as far as the return path knows: that it was told to end is no
+    /// reason.
+    pub(super) fn take_reason(&self) -> Option<Error> {
+        let mut inner = self.lock();
+        match (inner.error.take(), inner.shut) {
+            (None | Some(Error::Cancelled), Some(0)) => Some(Error::PeerGone),
+            (None | Some(Error::Cancelled), Some(_)) => Some(Error::PeerFailed),
+            (None | Some(Error::Cancelled), None) => None,
+            (reason, _) => reason,
+        }
     }
 
     /// Waits for the answer to the PING of `value`.

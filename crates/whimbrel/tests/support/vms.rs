@@ -258,7 +258,10 @@ impl Alone {
             .filter_map(|fd| fs::read_link(fd).ok())
             .map(|target| target.display().to_string())
             .filter(|target| target.starts_with("socket:") || target.starts_with("anon_inode:"))
-            .map(|target| target.split(":[").next().unwrap_or_default().to_owned());
+            .map(|target| match target.starts_with("socket:") {
+                true => "socket".to_owned(),
+                false => target,
+            });
         let mut all: Vec<String> = threads.chain(descriptors).collect();
         all.sort_unstable();
         all

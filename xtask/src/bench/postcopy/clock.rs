@@ -23,9 +23,10 @@ pub(super) const MAGIC: u32 = 0x6261_6c65;
 pub(super) const COUNT_AT: u8 = 4;
 /// Where the counter's last value is.
 pub(super) const NOW_AT: u8 = 8;
-/// Where the ring begins, and how many touches it holds: a power of two.
+/// Where the ring begins, and how many touches it holds: a power of two, and more than the guest has
+/// pages that can be faults.
 pub(super) const LOG_AT: u8 = 16;
-pub(super) const ENTRIES: u32 = 1 << 15;
+pub(super) const ENTRIES: u32 = 1 << 19;
 /// From ticks to units, and to stamps.
 pub(super) const UNIT_SHIFT: u8 = 6;
 pub(super) const STAMP_SHIFT: u8 = 10;
@@ -166,7 +167,7 @@ mod tests {
         words.extend([0_u32, 0]);
         words.resize(usize::try_from(RECORD_BYTES / 4).unwrap(), 0);
         for (nth, (units, before)) in slow.iter().enumerate() {
-            let at = 4 + 2 * (nth % (1 << 15));
+            let at = 4 + 2 * (nth % (1 << 19));
             words[at] = *units;
             words[at + 1] = *before;
         }

@@ -32,6 +32,9 @@ pub(super) enum Trace {
     Namespace(String),
     /// A folder of files.
     Folder(PathBuf),
+    /// So many huge pages more than there were. By how many, not from how many: others change the
+    /// number too.
+    HugePages(u32),
     /// A setting of the kernel's, and what it was before.
     Setting { path: PathBuf, before: String },
 }
@@ -41,6 +44,7 @@ impl fmt::Display for Trace {
         match self {
             Self::Namespace(name) => write!(formatter, "namespace {name}"),
             Self::Folder(path) => write!(formatter, "folder {}", path.display()),
+            Self::HugePages(more) => write!(formatter, "huge-pages {more}"),
             Self::Setting { path, before } => {
                 write!(formatter, "setting {} {before}", path.display())
             }
@@ -53,6 +57,7 @@ impl Trace {
         match line.split_once(' ') {
             Some(("namespace", name)) => Ok(Self::Namespace(name.to_owned())),
             Some(("folder", path)) => Ok(Self::Folder(path.into())),
+            Some(("huge-pages", more)) => Ok(Self::HugePages(more.parse()?)),
             Some(("setting", setting)) => {
                 let (path, before) = setting.split_once(' ').context("a setting has a value")?;
                 Ok(Self::Setting { path: path.into(), before: before.to_owned() })
@@ -67,6 +72,10 @@ impl Trace {
             // One that is gone was removed by its owner.
             Self::Folder(path) if !path.exists() => Ok(()),
             Self::Folder(path) => Ok(fs::remove_dir_all(path)?),
+            Self::HugePages(more) => {
+                let left = count(HUGE_PAGES)?.saturating_sub(*more);
+                Ok(fs::write(HUGE_PAGES, left.to_string())?)
+            }
             Self::Setting { path, before } => Ok(fs::write(path, before)?),
         }
     }
@@ -143,8 +152,10 @@ impl Janitor {
         if more == 0 {
             return Ok(false);
         }
-        let before = count(HUGE_PAGES)?;
-        self.set(HUGE_PAGES, &before.to_string(), &(before + more).to_string())?;
+        let all = count(HUGE_PAGES)? + more;
+        self.will_make(&Trace::HugePages(more))?;
+        fs::write(HUGE_PAGES, all.to_string())
+            .with_context(|| format!("{HUGE_PAGES} (this needs root)"))?;
         let short = lacking()?;
         let now = count(HUGE_PAGES)?;
         ensure!(short == 0, "the kernel keeps {now} huge pages: {short} more are needed");
@@ -158,12 +169,12 @@ impl Janitor {
         if before.split_whitespace().any(|allowed| allowed == name) {
             return Ok(());
         }
-        self.set(ALLOWED_CONGESTION, before, &format!("{before} {name}"))
-    }
-
-    fn set(&mut self, path: &str, before: &str, now: &str) -> Result<()> {
-        self.will_make(&Trace::Setting { path: path.into(), before: before.to_owned() })?;
-        fs::write(path, now).with_context(|| format!("{path} (this needs root)"))
+        self.will_make(&Trace::Setting {
+            path: ALLOWED_CONGESTION.into(),
+            before: before.to_owned(),
+        })?;
+        fs::write(ALLOWED_CONGESTION, format!("{before} {name}"))
+            .with_context(|| format!("{ALLOWED_CONGESTION} (this needs root)"))
     }
 }
 
@@ -189,6 +200,7 @@ mod tests {
         for trace in [
             Trace::Namespace("a-b".into()),
             Trace::Folder("/dev/shm/a b".into()),
+            Trace::HugePages(12),
             Trace::Setting { path: "/proc/sys/net/x".into(), before: "reno bbr".into() },
         ] {
             assert_eq!(Trace::parse(&trace.to_string()).unwrap(), trace);

@@ -208,6 +208,6 @@ fn make_room(stage: &Stage<'_>, pages: Pages, janitor: &mut Janitor) -> Result<(
     if pages == Pages::Huge && janitor.keep_huge_pages(u32::try_from(both_sides >> 21)?)? {
         host_memory::take_huge(both_sides)?;
     }
-    // Of either kind as much as both sides have.
-    host_memory::take(both_sides * 2)
+    // Huge folios for the one and single pages for the other, as a VMM and a postcopy take them.
+    host_memory::take(both_sides)
 }

@@ -13,10 +13,10 @@
 use super::clock;
 use super::pair::Pages;
 
-/// Where the image is loaded: all that the guest needs of itself lies in one page of 2 MiB.
+/// Where the image is loaded.
 const LOAD_AT: u32 = 1 << 20;
 /// Where its record is.
-pub(super) const RECORD_AT: u32 = (1 << 20) + (512 << 10);
+pub(super) const RECORD_AT: u32 = 2 << 20;
 /// The working set begins here, at a boundary of every page size but 1 GiB.
 const WORKING_SET_AT: u32 = 256 << 20;
 
