@@ -94,7 +94,7 @@ const WRONG: [Wrong; 14] = [
     ("far behind it", |m| m.ask(Some(RAM), !4095, 4096), "0xfffffffffffff000"),
     ("all and more", |m| m.ask(Some(RAM), 0, !4095), "which has 8388608"),
     ("no such block", |m| m.ask(Some("pc.ram"), 0, 4096), "block pc.ram, which does not exist"),
-    ("no name", |m| m.ask(None, 0, 4096), "the first request names no block"),
+    ("no name", |m| m.ask(None, 0, 4096), "expected a block name"),
     ("no length", |m| m.ask(Some(RAM), 0, 0), "0 bytes from 0"),
     ("no pages", |m| m.ask(Some(RAM), 0, 100), "which has pages of 4096"),
     ("the largest length", |m| m.ask(Some(RAM), 0, u32::MAX), "which has pages of 4096"),
