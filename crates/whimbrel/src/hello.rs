@@ -24,7 +24,8 @@ impl Features {
     pub(crate) const WAITS_FOR_ALL: Features = Features(4);
 
     /// What this version can do.
-    pub(crate) const ALL: Features = Features(1 | 2 | 4);
+    pub(crate) const ALL: Features =
+        Features(Features::SMALL_PIECES.0 | Features::RUN_APART.0 | Features::WAITS_FOR_ALL.0);
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
     pub(crate) fn of_destination(small_pieces: bool) -> Features {

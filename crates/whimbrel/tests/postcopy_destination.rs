@@ -211,7 +211,11 @@ fn flood(main: &mut Main, requests: u32) -> thread::JoinHandle<()> {
         // The source may have had enough of it.
         let _ = stream.write_all(&bytes);
     };
-    thread::Builder::new().name("flood".into()).spawn(write).expect("a thread")
+    spawn(write)
+}
+
+fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+    thread::Builder::new().name("far".into()).spawn(work).expect("a thread")
 }
 
 /// Asked for 100,000 times, every page comes once, on one channel, and as it is.
@@ -224,7 +228,7 @@ fn a_flood_of_requests_is_answered_once_for_each_page() {
             let Gone { source, mut main, urgent, .. } = take_guest(preempt, None);
             let flood = flood(&mut main, 100_000);
             let blocks = main.blocks();
-            let urgent = urgent.map(|stream| thread::spawn(move || drain_urgent(stream, blocks)));
+            let urgent = urgent.map(|stream| spawn(move || drain_urgent(stream, blocks)));
             let fast = |p: &mut whimbrel::Parameters| p.max_postcopy_bandwidth = 0;
             source.migrator.update_parameters(fast).expect("a running migration follows");
             main.until("its end", |decoded| matches!(decoded, Decoded::Eof));
@@ -345,14 +349,14 @@ fn a_failure_told_in_time_keeps_the_guest() {
         source.migrator.migrate(there.address.clone()).expect("it starts");
         source.migrator.start_postcopy().expect("allowed");
         let mut main = there.main(None);
-        let reading = thread::spawn(move || {
+        let reading = spawn(move || {
             main.until("the first pages or discards", |decoded| {
                 matches!(decoded, Decoded::Footer(_))
             });
             main
         });
         let waits = || source.status() == Some(MigrationStatus::PreSwitchover);
-        until("pre-switchover", || waits());
+        until("pre-switchover", waits);
         let mut main = reading.join().expect("well formed");
         say(&mut main, &ReturnMessage::Shut(1));
         // On this machine's own connection it has arrived when it is written.

@@ -3,16 +3,18 @@
 
 #[path = "support/far_destination.rs"]
 mod far_destination;
+#[path = "support/huge_pages.rs"]
+mod huge_pages;
 #[path = "support/vms.rs"]
 mod vms;
 
-use std::fs;
 use std::io::Read;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
 use far_destination::{FarDestination, Main};
+use huge_pages::HugePages;
 use vms::{Alone, Side, until};
 use whimbrel::{Capability, MigrationStatus};
 use whimbrel_ram::PageSize;
@@ -174,32 +176,5 @@ fn eight_vcpus_that_never_stop_faulting_get_everything() {
             destination.expect_healthy("eight vCPUs");
         }
         alone.expect_nothing_left("eight vCPUs");
-    }
-}
-
-/// 2 MiB pages of the host's, given back at the end.
-struct HugePages(u64);
-
-const KNOB: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
-
-impl HugePages {
-    fn count() -> Option<u64> {
-        fs::read_to_string(KNOB).ok()?.trim().parse().ok()
-    }
-
-    fn reserve(pages: u64) -> Option<HugePages> {
-        let before = HugePages::count()?;
-        fs::write(KNOB, (before + pages).to_string()).ok()?;
-        let reserved = HugePages(HugePages::count()?.checked_sub(before)?);
-        (reserved.0 == pages).then_some(reserved)
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        if let Some(now) = HugePages::count() {
-            // Left reserved, they cost memory and nothing else.
-            let _ = fs::write(KNOB, now.saturating_sub(self.0).to_string());
-        }
     }
 }

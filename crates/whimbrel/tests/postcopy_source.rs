@@ -113,7 +113,7 @@ fn expect_arrived(destination: &Side, source: &FarSource, what: &str) {
 type Says = (&'static str, fn(&mut FarSource), &'static [&'static str]);
 
 /// Without the last bytes.
-fn cut<'b>(bytes: &'b [u8], by: usize) -> &'b [u8] {
+fn cut(bytes: &[u8], by: usize) -> &[u8] {
     &bytes[..bytes.len() - by]
 }
 
@@ -788,7 +788,8 @@ fn a_package_is_loaded_before_run() {
 fn a_silent_source_does_not_hold_the_end() {
     for preempt in [true, false] {
         let mut alone = Alone::begin();
-        let moments: [(&str, fn(&mut FarSource)); 4] = [
+        type Moment = (&'static str, fn(&mut FarSource));
+        let moments: [Moment; 4] = [
             ("in a package", |s| {
                 s.begin().command(&Command::Packaged { len: 1 << 30 });
             }),

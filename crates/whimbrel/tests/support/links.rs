@@ -8,7 +8,7 @@ use std::thread::{Builder, JoinHandle, sleep};
 use std::time::Duration;
 
 use whimbrel::Address;
-use whimbrel_wire::{Command, Decoded, MainDecoder, MainOptions, RamRecord};
+use whimbrel_wire::{Command, Decoded, MainDecoder, MainOptions};
 
 /// Where the way fails: after so many bytes ...
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -243,7 +243,7 @@ impl Reader {
                     self.package_start.get_or_insert(start);
                 }
                 Decoded::PackageFollows { len } => self.run_end = Some(self.at + u64::from(len)),
-                Decoded::Ram(RamRecord::PageFollows { .. }) | _ => {}
+                _ => {}
             }
         }
     }
