@@ -21,7 +21,7 @@ impl Features {
     pub(crate) const RUN_APART: Features = Features(2);
 
     /// What this version can do.
-    pub(crate) const ALL: Features = Features(1 | 2);
+    pub(crate) const ALL: Features = Features(Features::SMALL_PIECES.0 | Features::RUN_APART.0);
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
     pub(crate) fn of_destination(small_pieces: bool) -> Features {

@@ -169,6 +169,12 @@ impl Links {
         self.break_now();
     }
 
+    /// Waits until `fd` can be read, for `time` at most, or for the end.
+    pub(crate) fn wait_for_end_or(&self, fd: BorrowedFd<'_>, time: Duration) {
+        // Without a descriptor to wait on there is nothing to be done but to go on at once.
+        let _ = self.ended.wait(fd, PollFlags::IN, Some(time));
+    }
+
     /// Waits for the end.
     pub(crate) fn wait_for_end(&self) {
         // Without a descriptor to wait on there is nothing to be done but to end at once.

@@ -94,7 +94,7 @@ const WRONG: [Wrong; 14] = [
     ("far behind it", |m| m.ask(Some(RAM), !4095, 4096), "0xfffffffffffff000"),
     ("all and more", |m| m.ask(Some(RAM), 0, !4095), "which has 8388608"),
     ("no such block", |m| m.ask(Some("pc.ram"), 0, 4096), "block pc.ram, which does not exist"),
-    ("no name", |m| m.ask(None, 0, 4096), "the first request names no block"),
+    ("no name", |m| m.ask(None, 0, 4096), "expected a block name"),
     ("no length", |m| m.ask(Some(RAM), 0, 0), "0 bytes from 0"),
     ("no pages", |m| m.ask(Some(RAM), 0, 100), "which has pages of 4096"),
     ("the largest length", |m| m.ask(Some(RAM), 0, u32::MAX), "which has pages of 4096"),
@@ -211,7 +211,11 @@ fn flood(main: &mut Main, requests: u32) -> thread::JoinHandle<()> {
         // The source may have had enough of it.
         let _ = stream.write_all(&bytes);
     };
-    thread::Builder::new().name("flood".into()).spawn(write).expect("a thread")
+    spawn(write)
+}
+
+fn spawn<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> thread::JoinHandle<T> {
+    thread::Builder::new().name("far".into()).spawn(work).expect("a thread")
 }
 
 /// Asked for 100,000 times, every page comes once, on one channel, and as it is.
@@ -224,7 +228,7 @@ fn a_flood_of_requests_is_answered_once_for_each_page() {
             let Gone { source, mut main, urgent, .. } = take_guest(preempt, None);
             let flood = flood(&mut main, 100_000);
             let blocks = main.blocks();
-            let urgent = urgent.map(|stream| thread::spawn(move || drain_urgent(stream, blocks)));
+            let urgent = urgent.map(|stream| spawn(move || drain_urgent(stream, blocks)));
             let fast = |p: &mut whimbrel::Parameters| p.max_postcopy_bandwidth = 0;
             source.migrator.update_parameters(fast).expect("a running migration follows");
             main.until("its end", |decoded| matches!(decoded, Decoded::Eof));
@@ -345,14 +349,14 @@ fn a_failure_told_in_time_keeps_the_guest() {
         source.migrator.migrate(there.address.clone()).expect("it starts");
         source.migrator.start_postcopy().expect("allowed");
         let mut main = there.main(None);
-        let reading = thread::spawn(move || {
+        let reading = spawn(move || {
             main.until("the first pages or discards", |decoded| {
                 matches!(decoded, Decoded::Footer(_))
             });
             main
         });
         let waits = || source.status() == Some(MigrationStatus::PreSwitchover);
-        until("pre-switchover", || waits());
+        until("pre-switchover", waits);
         let mut main = reading.join().expect("well formed");
         say(&mut main, &ReturnMessage::Shut(1));
         // On this machine's own connection it has arrived when it is written.

@@ -113,7 +113,7 @@ fn expect_arrived(destination: &Side, source: &FarSource, what: &str) {
 type Says = (&'static str, fn(&mut FarSource), &'static [&'static str]);
 
 /// Without the last bytes.
-fn cut<'b>(bytes: &'b [u8], by: usize) -> &'b [u8] {
+fn cut(bytes: &[u8], by: usize) -> &[u8] {
     &bytes[..bytes.len() - by]
 }
 
@@ -788,7 +788,8 @@ fn a_package_is_loaded_before_run() {
 fn a_silent_source_does_not_hold_the_end() {
     for preempt in [true, false] {
         let mut alone = Alone::begin();
-        let moments: [(&str, fn(&mut FarSource)); 4] = [
+        type Moment = (&'static str, fn(&mut FarSource));
+        let moments: [Moment; 4] = [
             ("in a package", |s| {
                 s.begin().command(&Command::Packaged { len: 1 << 30 });
             }),
@@ -832,5 +833,116 @@ fn a_silent_source_does_not_hold_the_end() {
             }
             alone.expect_nothing_left(&what);
         }
+    }
+}
+
+/// A VMM whose devices look into guest memory when they are loaded, as virtio's do.
+#[derive(Debug)]
+struct Looking(std::sync::Arc<whimbrel_vm::ReferenceVm>);
+
+impl Vm for Looking {
+    fn machine(&self) -> String {
+        self.0.machine()
+    }
+    fn ram(&self) -> &whimbrel_ram::GuestRam {
+        self.0.ram()
+    }
+    fn dirty_log(&self) -> &dyn whimbrel_ram::dirty::DirtyLog {
+        self.0.dirty_log()
+    }
+    fn pause(&self) -> Result<(), whimbrel::VmError> {
+        self.0.pause()
+    }
+    fn resume(&self) -> Result<(), whimbrel::VmError> {
+        self.0.resume()
+    }
+    fn save(&self) -> Result<Vec<whimbrel::DeviceState>, whimbrel::VmError> {
+        self.0.save()
+    }
+    fn load(&self, devices: Vec<whimbrel::DeviceState>) -> Result<(), whimbrel::VmError> {
+        let (_, block) = self.0.ram().find(RAM).expect("a block");
+        let _ring = block.load_u64(LOOKED_AT * 4096).expect("inside");
+        self.0.load(devices)
+    }
+}
+
+/// The page that [`Looking`] looks at.
+const LOOKED_AT: u64 = 100;
+
+/// The devices look at a page that does not come, because the source ends or does nothing.
+#[test]
+fn devices_that_wait_for_a_page_do_not_hold_the_end() {
+    for (run, closes) in [(false, true), (false, false), (true, true), (true, false)] {
+        for preempt in [true, false] {
+            let alone = Alone::begin();
+            let what = format!("RUN sent {run}, the source closes {closes}, preempt {preempt}");
+            {
+                let vm = whimbrel_vm::ReferenceVm::new(Config { incoming: true, ..config() });
+                let vm = vm.expect("a VM");
+                let looking = std::sync::Arc::new(Looking(vm.clone()));
+                let start = whimbrel::Start::Incoming { autostart: true };
+                let migrator = whimbrel::Migrator::new(looking, start);
+                let destination = Side { vm, migrator };
+                destination.switch_on(&[Capability::PostcopyRam]);
+                if preempt {
+                    destination.switch_on(&[Capability::PostcopyPreempt]);
+                }
+                let address = destination.listen("tcp:127.0.0.1:0");
+                let mut source = FarSource::connect(&address, &config());
+                let package = source.package();
+                let len = u32::try_from(package.len()).expect("short");
+                source.begin().command(&Command::Packaged { len });
+                source.words.extend_from_slice(cut(&package, if run { 0 } else { 5 }));
+                source.send();
+                let start = BlockOffset(LOOKED_AT * 4096);
+                let asked = ReturnMessage::RequestPagesOf { block: name(RAM), start, len: 4096 };
+                assert!(source.hears(&asked), "{what}: it is asked for");
+                if closes {
+                    source.main.shutdown(Shutdown::Both).expect("open");
+                    if !run {
+                        expect_failed(&destination, &["main channel"], &what);
+                    }
+                }
+                end_soon(&destination, &what);
+                assert!(!destination.runs(), "{what}: it runs with zeros for memory");
+                assert!(!destination.status().is_some_and(MigrationStatus::is_running), "{what}");
+            }
+            alone.expect_nothing_left(&what);
+        }
+    }
+}
+
+/// And where it comes they go on.
+#[test]
+fn devices_that_wait_for_a_page_get_it() {
+    for preempt in [true, false] {
+        let alone = Alone::begin();
+        let what = format!("preempt {preempt}");
+        {
+            let source =
+                Side::running(&Config { workload: "sequential".parse().expect("one"), ..config() });
+            let vm = whimbrel_vm::ReferenceVm::new(Config { incoming: true, ..config() });
+            let vm = vm.expect("a VM");
+            let looking = std::sync::Arc::new(Looking(vm.clone()));
+            let start = whimbrel::Start::Incoming { autostart: true };
+            let migrator = whimbrel::Migrator::new(looking, start);
+            let destination = Side { vm, migrator };
+            for side in [&source, &destination] {
+                side.switch_on(&[Capability::PostcopyRam]);
+                if preempt {
+                    side.switch_on(&[Capability::PostcopyPreempt]);
+                }
+            }
+            let slow = |p: &mut whimbrel::Parameters| p.max_postcopy_bandwidth = 4 << 20;
+            source.migrator.update_parameters(slow).expect("allowed");
+            let address = destination.listen("tcp:127.0.0.1:0");
+            source.migrator.migrate(address).expect("it starts");
+            source.migrator.start_postcopy().expect("allowed");
+            let info = source.ended(&what);
+            assert_eq!(info.status, Some(MigrationStatus::Completed), "{:?}", info.error_desc);
+            assert_eq!(destination.ended(&what).status, Some(MigrationStatus::Completed));
+            destination.expect_healthy(&what);
+        }
+        alone.expect_nothing_left(&what);
     }
 }

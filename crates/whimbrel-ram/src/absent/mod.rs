@@ -115,6 +115,16 @@ impl AbsentRam {
         &self.ram
     }
 
+    /// Gives up what is missing, as being [dropped](AbsentRam) does, while others still hold it: who
+    /// waits goes on and finds zeros. For a guest that does not run, and never will.
+    pub fn abandon(&self) -> io::Result<()> {
+        for (_, block) in self.ram.blocks() {
+            let ended = self.uffd.unregister(block.span());
+            ended.map_err(|error| named(block, "end the watch for", &error))?;
+        }
+        Ok(())
+    }
+
     /// Every page is there: restores what is left of huge pages, stops watching, and lets the kernel
     /// use huge pages again where it did.
     ///

@@ -2,9 +2,10 @@
 //!
 //! `dest/main` goes on reading the main channel, `dest/urgent` the urgent one; `dest/fault` asks
 //! for what the guest touches; `dest/load` loads the devices and runs the guest, so that pages can
-//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all connections, and its reason is the one told.
+//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all
+//! connections, and its reason is the one told.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +37,16 @@ const RUN: usize = 5;
 
 /// How long nothing may arrive, when the source has sent everything and pages are still missing.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// How long devices whose guest was given to us may take to load when pages come no more.
+const LOADING: Duration = Duration::from_secs(5);
+
+/// What becomes of the guest: of the two that follow, the first to be said.
+const UNDECIDED: u8 = 0;
+/// It was given to the host to be run.
+const RAN: u8 = 1;
+/// It will not run here.
+const GIVEN_UP: u8 = 2;
 
 /// What a destination has for its guest's RAM to follow.
 pub(crate) struct Terms<'a> {
@@ -82,8 +93,10 @@ struct Shared<'a> {
     outbox: Outbox,
     /// Set when RUN has come.
     run: Cancel,
-    /// Set when the guest was given to the host to be run.
-    ran: AtomicBool,
+    /// Set when the devices are loaded, or could not be.
+    loaded: Cancel,
+    /// What becomes of the guest.
+    fate: AtomicU8,
     /// Why it fails, told by the first thread that knew.
     reason: Mutex<Option<Error>>,
 }
@@ -97,7 +110,8 @@ impl<'a> Shared<'a> {
                 over: AtomicBool::new(false),
                 outbox: Outbox::new()?,
                 run: Cancel::new()?,
-                ran: AtomicBool::new(false),
+                loaded: Cancel::new()?,
+                fate: AtomicU8::new(UNDECIDED),
                 reason: Mutex::default(),
             })
         };
@@ -118,6 +132,12 @@ impl<'a> Shared<'a> {
                 None
             }
         }
+    }
+
+    /// Says what becomes of the guest; false when something else was said before.
+    fn decide(&self, fate: u8) -> bool {
+        let before = (Ordering::SeqCst, Ordering::SeqCst);
+        self.fate.compare_exchange(UNDECIDED, fate, before.0, before.1).is_ok()
     }
 
     fn take_reason(&self) -> Option<Error> {
@@ -146,7 +166,7 @@ pub(super) fn run(
     terms.report.set_faults(asked.clone());
     let shared = Shared::new(terms.links).map_err(before)?;
     let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
-    let ran = shared.ran.load(Ordering::SeqCst);
+    let ran = shared.fate.load(Ordering::SeqCst) == RAN;
     match shared.take_reason().or(result.err()) {
         Some(reason) if !ran => Err(Failed::Before(reason)),
         Some(reason) if absent.received().missing() > 0 => {
@@ -239,7 +259,11 @@ fn receive(
                 let body = || shared.check(restore::run(absent, &shared.stop));
                 scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
             }
-            let body = move || shared.check(load(devices, &pings, host, asked, shared));
+            let body = move || {
+                let done = shared.check(load(devices, &pings, host, asked, shared));
+                shared.loaded.set();
+                done
+            };
             let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;
             take_run(input)?;
             shared.run.set();
@@ -254,7 +278,9 @@ fn receive(
             }
             Ok(())
         };
-        shared.check(run());
+        if shared.check(run()).is_none() {
+            give_up(absent, shared);
+        }
         // The urgent channel is the source's to end, and it need not.
         shared.over.store(true, Ordering::SeqCst);
         shared.stop.set();
@@ -306,8 +332,22 @@ fn load(
         return Err(Error::Cancelled);
     }
     asked.set_vcpus(host.vcpu_threads());
-    shared.ran.store(true, Ordering::SeqCst);
+    if !shared.decide(RAN) {
+        return Err(Error::Cancelled);
+    }
     host.run()
+}
+
+/// It has failed. A guest that was given to us runs all the same when its devices are loaded; but
+/// loading them may be waiting for pages that do not come any more, and that must end.
+fn give_up(absent: &AbsentRam, shared: &Shared<'_>) {
+    if shared.run.is_set() {
+        shared.links.wait_for_end_or(shared.loaded.as_fd(), LOADING);
+    }
+    if shared.decide(GIVEN_UP) {
+        // Where it cannot be ended, whoever loads waits on.
+        let _ = absent.abandon();
+    }
 }
 
 /// The last command of the package: from here on the guest is ours.

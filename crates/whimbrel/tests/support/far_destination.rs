@@ -147,9 +147,8 @@ impl Main {
     pub(crate) fn package_without_run(&mut self) {
         let mut len = 0;
         while len == 0 {
-            match self.next().expect("a package comes") {
-                Decoded::PackageFollows { len: bytes } => len = bytes as usize,
-                _ => {}
+            if let Decoded::PackageFollows { len: bytes } = self.next().expect("a package comes") {
+                len = bytes as usize;
             }
         }
         self.take(len - 5);

@@ -247,6 +247,13 @@ impl Alone {
         self.kept += 1;
     }
 
+    /// And its guest, with one vCPU, waits for one of them: nothing can end that.
+    pub(crate) fn keeps_a_guest(&mut self, destination: Side) {
+        self.kept += 1;
+        self.before.push("vcpu-0".into());
+        std::mem::forget(destination.vm);
+    }
+
     /// Threads and descriptors that are the engine's or the VM's.
     fn now() -> Vec<String> {
         let ours = ["source/", "dest/", "vcpu-", "proxy"];
