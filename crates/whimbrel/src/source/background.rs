@@ -52,20 +52,20 @@ pub(super) struct Background<'a> {
 #[derive(Debug)]
 pub(super) struct Held {
     window: Window,
-    /// When to decide anew; `None` where there is nothing to decide: no TCP, or no channel to make
-    /// room for.
+    /// When to decide anew; `None` where there is nothing to decide: no TCP.
     next: Option<Duration>,
     piece: usize,
 }
 
 impl Held {
-    /// Beside an urgent channel, or without one.
+    /// Beside an urgent channel, or without one: then what was asked for goes on this channel, too,
+    /// behind what is under way on it.
     pub(super) fn new(beside_urgent: bool, out: &mut Out) -> Held {
+        out.channel().send_apart();
         if beside_urgent {
-            out.channel().send_apart();
             link::classify(out.channel().as_fd(), Class::Background);
         }
-        Held { window: Window::new(), next: beside_urgent.then_some(Duration::ZERO), piece: PIECE }
+        Held { window: Window::new(), next: Some(Duration::ZERO), piece: PIECE }
     }
 
     fn look(&mut self, out: &mut Out, wanted: &Wanted, now: Duration) {
