@@ -24,6 +24,8 @@ pub const MIGRATION_MAX: Duration = Duration::from_secs(60);
 const LISTEN_MAX: Duration = Duration::from_secs(20);
 /// The state of a listening socket in /proc/net/tcp.
 const TCP_LISTEN: &str = "0A";
+/// The flags of one in /proc/net/unix.
+const UNIX_LISTENS: &str = "00010000";
 
 /// What a migration goes over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -171,7 +173,7 @@ impl<'a> Journey<'a> {
             // An attempt to connect would be taken for the migration.
             let listens = match transport {
                 Transport::Tcp => is_listening(port)?,
-                Transport::Unix => socket.exists(),
+                Transport::Unix => is_listening_at(&socket)?,
             };
             if !listens && !receiver.is_running()? {
                 receiver.wait(LISTEN_MAX)?.succeeded()?;
@@ -285,6 +287,15 @@ impl<'a> Journey<'a> {
 /// None is.
 pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+/// The file of a socket is there before anybody listens.
+fn is_listening_at(socket: &Path) -> Result<bool> {
+    let sockets = fs::read_to_string("/proc/net/unix")?;
+    // Num RefCount Protocol Flags Type St Inode Path
+    Ok(sockets.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|columns| {
+        matches!(columns[..], [_, _, _, UNIX_LISTENS, _, _, _, path] if Path::new(path) == socket)
+    }))
 }
 
 fn is_listening(port: u16) -> Result<bool> {

@@ -108,10 +108,17 @@ fn keep_by_postcopy(
         arguments.push("--preempt");
     }
     let (mut receiver, uri) = journey.receiving_with(way.transport, &kept, &arguments)?;
-    let sent = send_by_postcopy(source, &uri, way, rate);
-    let ended = receiver.wait(MIGRATION_MAX)?;
-    sent.with_context(|| format!("whimbrel says {:?}", ended.complaints))?;
-    let report = ended.succeeded()?.json()?;
+    if let Err(error) = send_by_postcopy(source, &uri, way, rate) {
+        // What a receiver that has given up says is the reason; another one would wait for ever.
+        let gave_up = !receiver.is_running()?;
+        return Err(match gave_up {
+            true => {
+                error.context(format!("whimbrel: {}", receiver.wait(MIGRATION_MAX)?.refused()?))
+            }
+            false => error,
+        });
+    }
+    let report = receiver.wait(MIGRATION_MAX)?.succeeded()?.json()?;
     ensure!(kept.is_file(), "whimbrel receive ended well but kept nothing");
     Ok(report)
 }

@@ -67,6 +67,8 @@ impl Restoring {
             Ok(()) => self.ended(Ok(()), MigrationStatus::Failed),
             Err(Failed::Before(error)) => self.ended(Err(error), MigrationStatus::Failed),
             Err(Failed::After(error)) => {
+                // Whatever broke first when it was stopped is not the reason.
+                let error = if self.cancel.is_set() { Error::Cancelled } else { error };
                 let missing = get(&self.progress.0.counters.remaining);
                 let error = Error::Refused(format!(
                     "{error}; the guest had been handed over to {address}, and {missing} bytes of \
