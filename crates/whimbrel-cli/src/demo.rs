@@ -89,16 +89,15 @@ impl Demo {
         }
         let mut destination = Child::start("destination", folder.path(), &options, &waits)?;
         let outcome = self.migrate(&mut source, &mut destination, folder.path())?;
+        match self.json {
+            true => println!("{}", outcome.to_json()),
+            false => print!("{}", text::summary(&outcome)),
+        }
         if let Some(path) = &self.report {
             std::fs::write(path, html::page(&outcome)).map_err(|error| {
                 Failure::new(format!("cannot write the report {}: {error}", path.display()))
             })?;
-        }
-        if self.json {
-            println!("{}", outcome.to_json());
-        } else {
-            print!("{}", text::summary(&outcome));
-            if let Some(path) = &self.report {
+            if !self.json {
                 println!("report      {}", path.display());
             }
         }
@@ -165,7 +164,7 @@ impl Demo {
             postcopy,
             samples: record.into_samples(),
             verdict,
-            command: std::env::args().collect(),
+            command: ["whimbrel".to_owned()].into_iter().chain(std::env::args().skip(1)).collect(),
         })
     }
 

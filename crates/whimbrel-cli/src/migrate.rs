@@ -38,7 +38,7 @@ pub(crate) struct Migrate {
     /// With --postcopy: so many ms after the start, or when every page has been sent once
     #[arg(long, requires = "postcopy", default_value_t = After::FirstPass, value_name = "MS|first-pass")]
     postcopy_after: After,
-    /// Give up after so many seconds
+    /// Give up after so many seconds; in postcopy only to watch, for nothing can be undone there
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Print one JSON object at the end
@@ -97,14 +97,16 @@ impl Migrate {
             source.info.total_time.unwrap_or(0),
             source.info.downtime.unwrap_or(0),
         );
-        if self.postcopy {
+        if self.postcopy && !ended.by_postcopy() {
+            text += ", precopy was done before postcopy could begin";
+        } else if self.postcopy {
             let requests = source.info.ram.as_ref().map_or(0, |ram| ram.postcopy_requests);
             text += &format!(", {requests} pages asked for in postcopy");
-        }
-        if let Some(faults) = &destination.info.faults {
-            text += &format!(", {:.0} us on average for each", faults.latency_us.mean);
-        } else if let Some(latency) = destination.info.postcopy_latency {
-            text += &format!(", {} us on average for each", latency / 1000);
+            let faults = destination.info.faults.as_ref().map(|faults| faults.latency_us.mean);
+            let told = || destination.info.postcopy_latency.map(|ns| ns as f64 / 1000.0);
+            if let Some(mean) = faults.or_else(told) {
+                text += &format!(", {mean:.0} us on average for each");
+            }
         }
         println!("{text}");
     }

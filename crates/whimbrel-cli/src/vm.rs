@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
+use std::time::Duration;
 
 use clap::Args;
 use whimbrel::{Address, Event, MigrationStatus, Migrator, Start};
@@ -32,6 +33,9 @@ pub(crate) struct RunVm {
     #[arg(long, default_value = "stdout", value_name = "OUTPUT")]
     serial: SerialOutput,
 }
+
+/// How long the vCPUs may take to end. One that waits for a page may never.
+const HALT: Duration = Duration::from_millis(500);
 
 /// Why the VM ends.
 #[derive(Debug)]
@@ -74,11 +78,13 @@ impl RunVm {
             migrator.cont()?;
         }
         let end = ended.recv().unwrap_or(End::Quit);
-        // First of all the guest: a migration that ends may leave pages of it behind that it is
-        // not to find empty. Then whoever waits for such a page, a client of the server included.
-        vm.halt();
+        let waiting = vm.halt(HALT);
         migrator.end();
         drop(server);
+        if waiting > 0 {
+            // In postcopy, for pages that are never to come: these vCPUs end with the process.
+            std::mem::forget(vm);
+        }
         match end {
             End::Quit => Ok(()),
             End::Failed(why) => Err(Failure::new(why)),

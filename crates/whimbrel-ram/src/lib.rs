@@ -31,6 +31,9 @@ mod map;
 mod page;
 mod pagemap;
 mod received;
+#[cfg(test)]
+#[path = "../tests/absent/reserve.rs"]
+mod reserve;
 mod sync;
 mod touched;
 mod uffd;

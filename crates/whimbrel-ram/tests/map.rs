@@ -292,6 +292,93 @@ proptest! {
     fn agrees_with_the_model_2m(ops in prop::collection::vec(op(), 1..80)) {
         run(PageSize::SIZE_2M, 2, &ops);
     }
+
+    #[test]
+    fn runs_are_what_was_marked(marked in prop::collection::vec((0..150u64, 0..90u64), 0..12)) {
+        let ram = ram(PageSize::SIZE_2M, 1);
+        let map = PageMap::new(&ram);
+        let mut pages = BTreeSet::new();
+        for (start, len) in marked {
+            let run = start..(start + len).min(150);
+            let new = run.clone().filter(|page| pages.insert(*page)).count();
+            prop_assert_eq!(map.mark_run(BlockIndex(0), run), new as u64);
+        }
+        let runs: Vec<_> = map.runs(BlockIndex(0)).collect();
+        prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "as long as can be");
+        prop_assert!(runs.iter().all(|run| !run.is_empty()));
+        prop_assert_eq!(runs.into_iter().flatten().collect::<BTreeSet<_>>(), pages);
+        prop_assert_eq!(map.runs(BlockIndex(1)).next(), None);
+    }
+}
+
+#[test]
+#[should_panic(expected = "outside its block")]
+fn a_run_that_leaves_its_block_is_refused() {
+    PageMap::new(&ram(PageSize::SIZE_2M, 1)).mark_run(BlockIndex(0), 149..151);
+}
+
+/// Where a destination places huge pages in small pieces, any target page may go out by itself.
+#[test]
+fn the_unit_is_what_is_not_split() {
+    let ram = ram(PageSize::SIZE_2M, 2);
+    let (small, large) = (BlockIndex(0), BlockIndex(1));
+    let map = PageMap::with_units(&ram, |_| PageSize::SIZE_4K);
+    map.fill();
+    assert_eq!(map.unit(large), PageSize::SIZE_4K);
+    let Asked::Claimed(mut claim) = map.claim(HostPage { block: large, number: 700 }) else {
+        panic!("it is on the map")
+    };
+    assert_eq!(claim.next_page(), Some(TargetPage(700)));
+    assert_eq!(claim.next_page(), None);
+    claim.spend();
+    assert_eq!(map.pending(), 150 + 1024 - 1);
+    assert_eq!(map.widen_to_host_pages(), 0, "nothing is due because of its neighbours");
+
+    let map = PageMap::with_units(&ram, |block| match block {
+        BlockIndex(0) => PageSize::SIZE_4K,
+        _ => PageSize::new(16 << 10).unwrap(),
+    });
+    assert_eq!((map.unit(small), map.unit(large).bytes()), (PageSize::SIZE_4K, 16 << 10));
+    map.mark_run(large, 5..6);
+    assert_eq!(map.widen_to_host_pages(), 3);
+    assert_eq!(drain(&map), [4, 5, 6, 7].map(|page| (large, page)));
+}
+
+#[test]
+#[should_panic(expected = "multiple of its unit")]
+fn a_unit_that_does_not_fit_is_refused() {
+    let _ = PageMap::with_units(&ram(PageSize::SIZE_2M, 1), |_| PageSize::SIZE_2M);
+}
+
+/// A sweep that follows a request leaves what it jumps over for its next turn.
+#[test]
+fn a_sweep_goes_on_from_where_it_is_sent() {
+    let ram = ram(PageSize::SIZE_2M, 2);
+    let (small, large) = (BlockIndex(0), BlockIndex(1));
+    let map = PageMap::new(&ram);
+    map.fill();
+    let mut sweep = map.sweep();
+    sweep.set_batch(1);
+    let mut next = |jump: Option<(BlockIndex, u64)>| {
+        if let Some((block, page)) = jump {
+            sweep.go_on_from(block, TargetPage(page));
+        }
+        let mut claim = map.claim_next(&mut sweep)?;
+        let first = (claim.block(), claim.next_page().expect("no claim is empty").0);
+        while claim.next_page().is_some() {}
+        claim.spend();
+        Some(first)
+    };
+    assert_eq!(next(None), Some((small, 0)));
+    assert_eq!(next(Some((small, 100))), Some((small, 100)));
+    assert_eq!(next(None), Some((small, 101)));
+    assert_eq!(next(Some((large, 600))), Some((large, 512)), "whole host pages");
+    assert_eq!(next(Some((small, 149))), Some((small, 149)));
+    assert_eq!(next(None), Some((large, 0)));
+    assert_eq!(next(None), None, "the end of the turn");
+    assert_eq!(next(None), Some((small, 1)), "what was jumped over");
+    let rest = drain(&map);
+    assert_eq!(rest.len(), 150 - 5, "and nothing twice");
 }
 
 #[test]

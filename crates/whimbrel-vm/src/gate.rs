@@ -107,7 +107,8 @@ impl Gate {
         }
     }
 
-    /// Recalls the vCPUs and waits until all are held, at most for `limit`; `kick` gets out of
+    /// Recalls the vCPUs and waits until all are held, at most for `limit` and not when they are told
+    /// to end; `kick` gets out of
     /// the guest those that cannot look at the gate. Gives how many still run.
     pub(crate) fn close(&self, limit: Duration, kick: impl Fn()) -> usize {
         /// A kick that met a vCPU between two waits is repeated: harmless, and bounds the pause.
@@ -123,7 +124,7 @@ impl Gate {
             drop(state);
             kick();
             state = self.lock();
-            if state.held == self.vcpus {
+            if state.held == self.vcpus || state.wish == Wish::Quit {
                 break;
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
@@ -137,11 +138,6 @@ impl Gate {
     pub(crate) fn closed(&self) -> bool {
         let state = self.lock();
         state.wish != Wish::Run && state.held == self.vcpus
-    }
-
-    /// Whether the vCPU threads are to end: what a guest finds now concerns nobody any more.
-    pub(crate) fn quitting(&self) -> bool {
-        self.lock().wish == Wish::Quit
     }
 
     /// Ends the vCPU threads, which are still to be kicked.

@@ -13,10 +13,10 @@ use crate::layout::{FIRMWARE_ADDRESS, FIRMWARE_BYTES, FIRMWARE_NAME, RAM_ADDRESS
 pub(crate) fn map(config: &Config) -> Result<GuestRam, Error> {
     check(config)?;
     let Config { memory, page_size, shared, .. } = *config;
-    let sharing = if shared { Sharing::Shared } else { Sharing::Private };
     let block = |name, address, len, page| {
+        // Huge pages are a file's in any case: only so can postcopy fill them in small pieces.
         if shared || page > PageSize::SIZE_4K {
-            RamBlock::memfd(name, address, len, page, sharing)
+            RamBlock::memfd(name, address, len, page, Sharing::Shared)
         } else {
             RamBlock::anonymous(name, address, len)
         }

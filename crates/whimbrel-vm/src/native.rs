@@ -92,7 +92,7 @@ impl NativeMachine {
     }
 
     /// One update of one page, checked before: what the loop in the KVM guest's code does.
-    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page, gate: &Gate) {
+    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page) {
         let layout = Arc::clone(&cpu.layout);
         let own = layout.cpu_page(cpu.id);
         let index = self.choose(cpu, constants);
@@ -104,13 +104,13 @@ impl NativeMachine {
         let (expected, found) = (cpu.registers.updates, self.load(own + cpu_page::UPDATES));
         if expected != found {
             let kind = MismatchKind::Updates;
-            self.report(cpu, number, Mismatch { kind, expected, found }, gate);
+            self.report(cpu, number, Mismatch { kind, expected, found });
         }
         let count = self.load(counted_at);
         let block = self.ram.block(RAM);
         block.read(offset, &mut page.0).expect("inside the memory, as laid out");
         if let Err(mismatch) = page.check(seed, number, count) {
-            self.report(cpu, number, mismatch, gate);
+            self.report(cpu, number, mismatch);
         }
         self.store(own + cpu_page::CHECKED, self.load(own + cpu_page::CHECKED).wrapping_add(1));
 
@@ -154,11 +154,7 @@ impl NativeMachine {
     }
 
     /// Counts an error, and keeps and prints the first.
-    fn report(&self, cpu: &Cpu, page: u64, mismatch: Mismatch, gate: &Gate) {
-        if gate.quitting() {
-            // A page it waited for may have been given up.
-            return;
-        }
+    fn report(&self, cpu: &Cpu, page: u64, mismatch: Mismatch) {
         let own = cpu.layout.cpu_page(cpu.id);
         let errors = self.load(own + cpu_page::ERRORS);
         if errors == 0 {
@@ -200,7 +196,7 @@ impl Machine for NativeMachine {
         let mut pace = Pace::start();
         let mut page = Page::zeroed();
         while !gate.recalled() {
-            self.update(&mut cpu, constants, &mut page, gate);
+            self.update(&mut cpu, constants, &mut page);
             pace.updated(&self.gaps[id as usize], workload.rate, gate);
         }
         Ok(())

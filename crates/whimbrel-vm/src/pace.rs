@@ -51,6 +51,7 @@ impl Gap {
 
     pub(crate) fn reset(&self) {
         self.max_ns.store(0, Ordering::Relaxed);
+        self.here_ns.store(0, Ordering::Relaxed);
     }
 
     /// Longest gap and time of the last update, as saved. What was done on one host stays there.

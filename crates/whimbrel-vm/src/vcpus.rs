@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::Killable;
 use whimbrel::VmError;
@@ -80,8 +80,24 @@ impl Vcpus {
         }
     }
 
+    /// Tells the threads to end, waits at most for `limit`, and gives how many have not.
+    pub(crate) fn end(&self, limit: Duration) -> usize {
+        /// A kick between two of a thread's system calls is repeated.
+        const KICK_AGAIN: Duration = Duration::from_millis(1);
+        let until = Instant::now() + limit;
+        self.gate.quit();
+        loop {
+            self.kick();
+            let left = self.lock().iter().filter(|thread| !thread.is_finished()).count();
+            if left == 0 || Instant::now() > until {
+                return left;
+            }
+            std::thread::sleep(KICK_AGAIN);
+        }
+    }
+
     /// Gets the threads out of the guest.
-    pub(crate) fn kick(&self) {
+    fn kick(&self) {
         if let Some(signal) = self.machine.kick() {
             for thread in self.lock().iter() {
                 // A thread that has ended needs no kick.
@@ -114,13 +130,7 @@ fn vcpu_thread(cpu: u32, gate: &Gate, machine: &dyn Machine) {
 
 impl Drop for Vcpus {
     fn drop(&mut self) {
-        /// A kick between two of a thread's system calls is repeated.
-        const KICK_AGAIN: Duration = Duration::from_millis(1);
-        self.gate.quit();
-        while self.lock().iter().any(|thread| !thread.is_finished()) {
-            self.kick();
-            std::thread::sleep(KICK_AGAIN);
-        }
+        while self.end(Duration::from_secs(3600)) > 0 {}
         for thread in self.lock().drain(..) {
             // The gate knows of its panic, if it had one.
             let _panicked = thread.join();

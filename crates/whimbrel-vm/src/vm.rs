@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use whimbrel::{DeviceState, Vm, VmError};
 use whimbrel_ram::GuestRam;
@@ -129,12 +130,10 @@ impl ReferenceVm {
         Progress::of(&self.gaps)
     }
 
-    /// Tells the vCPUs to end for good, and does not wait for it. One that waits for a page that
-    /// is missing ends when the page comes, or when nobody holds it back any more; dropping the VM
-    /// waits for that.
-    pub fn halt(&self) {
-        self.vcpus.gate().quit();
-        self.vcpus.kick();
+    /// Tells the vCPUs to end for good, waits for that as long as `limit`, and gives how many have
+    /// not: they wait for pages that are missing. Dropping the VM would wait for them, too.
+    pub fn halt(&self, limit: Duration) -> usize {
+        self.vcpus.end(limit)
     }
 
     /// Forgets the longest gap between updates so far, to measure another.
@@ -142,8 +141,9 @@ impl ReferenceVm {
         self.gaps.iter().for_each(Gap::reset);
     }
 
-    /// What the guest has found of itself so far: cheap, at any time. Of a VM that still waits
-    /// for its guest, nothing.
+    /// What the guest has found of itself so far: cheap, also while it runs. Of a VM that still
+    /// waits for its guest, nothing. It is in the guest's memory: who asks while pages of that are
+    /// missing waits for them, and may ask for the [`progress`](ReferenceVm::progress) instead.
     pub fn guest_counters(&self) -> SelfCheck {
         if *lock(&self.phase) == Phase::Incoming {
             return SelfCheck::default();

@@ -278,8 +278,7 @@ fn a_guest_that_is_halted_never_runs_again() {
     let vm = make(&native(2, "uniform"));
     vm.resume().unwrap();
     run_for_updates(&vm, 100);
-    vm.halt();
-    vm.pause().unwrap();
+    assert_eq!(vm.halt(Duration::from_secs(60)), 0);
     let updates = vm.self_check().updates;
     vm.resume().unwrap();
     sleep(Duration::from_millis(20));

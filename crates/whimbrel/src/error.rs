@@ -31,7 +31,7 @@ pub enum Error {
         source: whimbrel_wire::xbzrle::DeltaError,
     },
     /// A channel failed.
-    #[error("{channel} channel, byte {offset}: {source}")]
+    #[error("{channel} channel, byte {offset}: {source}{}", said_of_a_close(source))]
     Channel {
         /// The channel's name.
         channel: &'static str,
@@ -143,9 +143,27 @@ pub enum Error {
     },
 }
 
+/// What to do about a connection that the other side closed while it was sent something.
+fn said_of_a_close(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => {
+            ": the other side closed it, see what it says"
+        }
+        _ => "",
+    }
+}
+
 impl Error {
     pub(crate) fn system(doing: &'static str) -> impl FnOnce(io::Error) -> Error {
         move |source| Error::System { doing, source }
+    }
+
+    /// Why a postcopy has paused.
+    pub(crate) fn text_of_pause(&self) -> String {
+        match self {
+            Error::Cancelled => "the connections were broken on request".into(),
+            other => other.to_string(),
+        }
     }
 
     pub(crate) fn vm(doing: &'static str) -> impl FnOnce(VmError) -> Error {

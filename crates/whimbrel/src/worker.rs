@@ -1,5 +1,7 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
+mod urgency;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,6 +28,8 @@ pub(crate) enum Role {
     DestinationUrgent,
     /// Loads the devices, and runs the guest.
     DestinationLoad,
+    /// Makes huge pages of small ones that have all arrived.
+    DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
     DestinationTouch,
 }
@@ -41,8 +45,14 @@ impl Role {
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
+            Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
         }
+    }
+
+    /// Whether a guest waits whenever such a thread has something to do.
+    fn is_waited_for(self) -> bool {
+        matches!(self, Role::SourceUrgent | Role::DestinationFault | Role::DestinationUrgent)
     }
 }
 
@@ -185,6 +195,12 @@ pub(crate) fn scoped<'s, T: Send + 's>(
     role: Role,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
+    let work = move || {
+        if role.is_waited_for() {
+            urgency::run_soon_when_woken();
+        }
+        work()
+    };
     thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
 }
 
@@ -244,6 +260,7 @@ mod tests {
             Role::DestinationFault,
             Role::DestinationUrgent,
             Role::DestinationLoad,
+            Role::DestinationRestore,
             Role::DestinationTouch,
         ] {
             assert!(role.name().len() <= 15);

@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::guest::Guest;
 use crate::install::Peer;
+use crate::memory::Backing;
 use crate::qemu::{Begin, Machine, Qemu};
 use crate::wait;
 use crate::whimbrel::{Ended, Whimbrel};
@@ -39,6 +40,8 @@ pub struct Journey<'a> {
     folder: TempDir,
     machine: &'a str,
     guest: &'a dyn Guest,
+    /// What its memory lies in, at the source and at the destination.
+    backings: [Backing; 2],
 }
 
 impl<'a> Journey<'a> {
@@ -47,7 +50,14 @@ impl<'a> Journey<'a> {
     /// # Errors
     /// No room for temporary files.
     pub fn new(machine: &'a str, guest: &'a dyn Guest) -> Result<Self> {
-        Ok(Self { folder: tempfile::tempdir()?, machine, guest })
+        let backings = [Backing::Ordinary; 2];
+        Ok(Self { folder: tempfile::tempdir()?, machine, guest, backings })
+    }
+
+    /// Its memory lies in these, at the source and at the destination.
+    #[must_use]
+    pub fn in_memory_of(self, source: Backing, destination: Backing) -> Self {
+        Self { backings: [source, destination], ..self }
     }
 
     /// A file of the journey.
@@ -61,8 +71,8 @@ impl<'a> Journey<'a> {
     /// # Errors
     /// QEMU's own, or a guest that does not get there.
     pub fn boot(&self, peer: Peer) -> Result<Qemu> {
-        let Self { machine, guest, .. } = *self;
-        let machine = Machine { peer, machine, guest };
+        let Self { machine, guest, backings: [backing, _], .. } = *self;
+        let machine = Machine { peer, machine, guest, backing };
         let source = machine.start(self.folder.path(), "source", Begin::Boot)?;
         source.console.wait_for(guest.settled_lines(), SETTLE_MAX)?;
         Ok(source)
@@ -81,8 +91,21 @@ impl<'a> Journey<'a> {
     /// # Errors
     /// QEMU's own.
     pub fn incoming_as(&self, peer: Peer, machine: &str) -> Result<Qemu> {
-        let machine = Machine { peer, machine, guest: self.guest };
-        machine.start(self.folder.path(), "destination", Begin::Incoming)
+        self.start_incoming(peer, machine, Begin::Incoming)
+    }
+
+    /// A QEMU that waits like [`Self::incoming`], and does not run what has come.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn incoming_stopped(&self, peer: Peer) -> Result<Qemu> {
+        self.start_incoming(peer, self.machine, Begin::IncomingStopped)
+    }
+
+    fn start_incoming(&self, peer: Peer, machine: &str, begin: Begin) -> Result<Qemu> {
+        let Self { guest, backings: [_, backing], .. } = *self;
+        let machine = Machine { peer, machine, guest, backing };
+        machine.start(self.folder.path(), "destination", begin)
     }
 
     /// A QEMU that waits for a migration, and the URI it waits at.
@@ -96,12 +119,25 @@ impl<'a> Journey<'a> {
         capabilities: &[&str],
     ) -> Result<(Qemu, String)> {
         let mut destination = self.incoming(peer)?;
+        let uri = self.listen(&mut destination, transport, capabilities)?;
+        Ok((destination, uri))
+    }
+
+    /// Has a QEMU wait for a migration, and gives the URI it waits at.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn listen(
+        &self,
+        destination: &mut Qemu,
+        transport: Transport,
+        capabilities: &[&str],
+    ) -> Result<String> {
         let uri = match transport {
             Transport::Tcp => "tcp:127.0.0.1:0".to_owned(),
             Transport::Unix => format!("unix:{}", self.file("destination.migration").display()),
         };
-        let uri = destination.listen(&uri, capabilities)?;
-        Ok((destination, uri))
+        destination.listen(&uri, capabilities)
     }
 
     /// Starts `whimbrel receive --store` of this file, and waits until it listens.
@@ -109,6 +145,19 @@ impl<'a> Journey<'a> {
     /// # Errors
     /// It does not get there.
     pub fn receiving(&self, transport: Transport, kept: &Path) -> Result<(Whimbrel, String)> {
+        self.receiving_with(transport, kept, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Errors
+    /// It does not get there.
+    pub fn receiving_with(
+        &self,
+        transport: Transport,
+        kept: &Path,
+        more: &[&str],
+    ) -> Result<(Whimbrel, String)> {
         let kept = kept.to_str().context("a path in UTF-8")?;
         let socket = self.file("whimbrel.migration");
         let port = free_port()?;
@@ -116,7 +165,7 @@ impl<'a> Journey<'a> {
             Transport::Tcp => format!("tcp:127.0.0.1:{port}"),
             Transport::Unix => format!("unix:{}", socket.display()),
         };
-        let arguments = ["receive", &uri, "--store", kept];
+        let arguments = [&["receive", &uri, "--store", kept], more].concat();
         let mut receiver = Whimbrel::start(self.folder.path(), "receive", &arguments)?;
         wait::until(&format!("whimbrel receive to listen at {uri}"), LISTEN_MAX, || {
             // An attempt to connect would be taken for the migration.
@@ -156,8 +205,16 @@ impl<'a> Journey<'a> {
     /// # Errors
     /// It has not been built, or takes too long. A refusal is not an error here.
     pub fn whimbrel(&self, arguments: &[&str]) -> Result<Ended> {
+        self.start_whimbrel(arguments)?.wait(MIGRATION_MAX)
+    }
+
+    /// Starts `whimbrel` with these arguments.
+    ///
+    /// # Errors
+    /// It has not been built.
+    pub fn start_whimbrel(&self, arguments: &[&str]) -> Result<Whimbrel> {
         let name = arguments.first().context("a subcommand")?;
-        Whimbrel::start(self.folder.path(), name, arguments)?.wait(MIGRATION_MAX)
+        Whimbrel::start(self.folder.path(), name, arguments)
     }
 
     /// Restores a kept guest into a fresh QEMU, and waits until it has arrived.

@@ -2,7 +2,8 @@
 //!
 //! What lives here: fetching the QEMUs of the distribution without installing them
 //! ([`install`]), running them ([`qemu`], driven over [`qmp`]), and guests that check themselves
-//! and say so on their serial port ([`guest`], read through [`console`]), and the ways of a guest
+//! and say so on their serial port ([`guest`], read through [`console`]), their memory from outside
+//! ([`memory`]), and the ways of a guest
 //! from one QEMU through whimbrel into another ([`journey`]). The tests are under
 //! `tests/`; they are `#[ignore]`d because they need the QEMUs, and `cargo xtask peers` fetches
 //! those and runs them.
@@ -14,6 +15,7 @@ pub mod console;
 pub mod guest;
 pub mod install;
 pub mod journey;
+pub mod memory;
 pub mod qemu;
 pub mod qmp;
 pub mod wait;

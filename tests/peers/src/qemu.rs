@@ -11,6 +11,7 @@ use serde_json::json;
 use crate::console::Console;
 use crate::guest::Guest;
 use crate::install::Peer;
+use crate::memory::{Backing, Memory};
 use crate::qmp::Qmp;
 use crate::wait;
 
@@ -24,6 +25,8 @@ pub enum Begin {
     Boot,
     /// Wait for [`Qemu::listen`].
     Incoming,
+    /// The same, and do not run what has come.
+    IncomingStopped,
 }
 
 /// A QEMU to be started.
@@ -33,8 +36,10 @@ pub struct Machine<'a> {
     pub peer: Peer,
     /// The machine type, such as `pc-q35-7.2`.
     pub machine: &'a str,
-    /// The guest, which decides memory and devices.
+    /// The guest, which decides how much memory, and the devices.
     pub guest: &'a dyn Guest,
+    /// What the memory lies in.
+    pub backing: Backing,
 }
 
 /// A running QEMU. Dropped, it is killed.
@@ -43,6 +48,8 @@ pub struct Qemu {
     name: String,
     child: Child,
     complaints: PathBuf,
+    /// Where it is saved, and its size in bytes.
+    memory: (PathBuf, u64),
     /// The guest's serial port.
     pub console: Console,
     /// The control socket.
@@ -67,9 +74,12 @@ impl Machine<'_> {
             .args(["-serial", "chardev:console"])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
+            .args(self.backing.arguments(self.guest.mebibytes()))
             .args(self.guest.arguments(folder)?);
-        if begin == Begin::Incoming {
-            command.args(["-incoming", "defer"]);
+        match begin {
+            Begin::Boot => {}
+            Begin::Incoming => _ = command.args(["-incoming", "defer"]),
+            Begin::IncomingStopped => _ = command.args(["-incoming", "defer", "-S"]),
         }
         let mut child = command
             .stdin(Stdio::null())
@@ -83,8 +93,9 @@ impl Machine<'_> {
             }
             Ok(Qmp::connect(&socket).ok())
         });
+        let memory = (file("memory"), u64::from(self.guest.mebibytes()) << 20);
         match connected {
-            Ok(qmp) => Ok(Qemu { name: name.to_owned(), child, complaints, console, qmp }),
+            Ok(qmp) => Ok(Qemu { name: name.to_owned(), child, complaints, memory, console, qmp }),
             Err(error) => {
                 end(&mut child);
                 Err(error)
@@ -135,6 +146,18 @@ impl Qemu {
         let migrated = self.qmp.wait_migrated(limit);
         let name = self.name.clone();
         migrated.map(drop).with_context(|| format!("{name} says {:?}", self.complaint()))
+    }
+
+    /// The guest's memory. Only of one that stands still is it that of one moment.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn memory(&mut self) -> Result<Memory> {
+        let (path, size) = &self.memory;
+        let name = path.to_str().context("a path in UTF-8")?;
+        let arguments = json!({ "val": 0, "size": size, "filename": name });
+        self.qmp.execute("pmemsave", &arguments)?;
+        Memory::read(path)
     }
 
     /// The last line QEMU wrote to its standard error.

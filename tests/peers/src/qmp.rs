@@ -142,7 +142,7 @@ impl Qmp {
             last = report.clone();
             match report["status"].as_str() {
                 Some("completed") => Ok(Some(report)),
-                Some("failed" | "cancelled") => {
+                Some("failed" | "cancelled" | "postcopy-paused") => {
                     bail!("the migration failed: {report}")
                 }
                 Some(_) | None => Ok(None),

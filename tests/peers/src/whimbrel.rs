@@ -119,6 +119,17 @@ impl Whimbrel {
         Ok(Ended { status, output: read(output), complaints: read(complaints) })
     }
 
+    /// What Ctrl-C does.
+    ///
+    /// # Errors
+    /// It has ended already.
+    pub fn interrupt(&self) -> Result<()> {
+        let process = self.child.id().to_string();
+        let status = Command::new("kill").args(["-INT", &process]).status()?;
+        ensure!(status.success(), "{}: not to be interrupted ({status})", self.what);
+        Ok(())
+    }
+
     /// Whether it is still running.
     ///
     /// # Errors

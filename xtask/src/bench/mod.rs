@@ -6,6 +6,7 @@ use anyhow::Result;
 use crate::workspace::Workspace;
 
 mod contender;
+mod host_memory;
 mod plain;
 mod postcopy;
 mod precopy;

@@ -5,12 +5,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
-use whimbrel_ram::RamBlock;
 
 use super::contender::{Contender, Memory, Qemu, Scenario, content_file, whimbrel};
 use super::sample::{Row, Sample, keep, machine, table};
 use super::scratch::Scratch;
-use super::{plain, rates};
+use super::{host_memory, plain, rates};
 use crate::workspace::Workspace;
 
 /// What to measure against what.
@@ -113,7 +112,7 @@ fn measure(
         for ((name, sample), row) in order {
             if scenario.incompressible && !scenario.preallocated {
                 // For a source that fills its memory, a destination, and what a kernel keeps back.
-                if let Err(error) = take_memory_from_the_host(args.memory.bytes() * 6) {
+                if let Err(error) = host_memory::take(args.memory.bytes() * 6) {
                     println!("memory is as it comes: {error:#}");
                 }
             }
@@ -134,18 +133,6 @@ fn measure(
     }
     rows.append(&mut ours);
     whole
-}
-
-/// Touches so much memory and frees it at once. Where this machine is a guest itself, memory that
-/// is free for some seconds goes back to the host, and its next first touch costs ten times as
-/// much: whoever happens to pay that would be measured for it.
-/// Half of it in huge folios and half in single pages, since either is taken from lists of its own.
-fn take_memory_from_the_host(bytes: u64) -> Result<()> {
-    let half = bytes / 2;
-    let folios = RamBlock::anonymous("folios", 0, half)?;
-    folios.populate(0, half)?;
-    std::hint::black_box(vec![1_u8; usize::try_from(half).unwrap_or(usize::MAX)]);
-    Ok(())
 }
 
 impl Args {

@@ -1,7 +1,7 @@
 //! `--report`: one page that needs nothing but a browser.
 
 use super::chart::duration;
-use super::outcome::{Outcome, Postcopy};
+use super::outcome::{Outcome, Part, Postcopy};
 use super::record::rates;
 use super::svg::{self, add, escape};
 use crate::progress::mib;
@@ -41,11 +41,11 @@ svg { display: block; width: 100%; height: auto; margin-top: 8px;
 .area { fill: var(--blue); fill-opacity: 0.45; stroke: var(--blue); stroke-width: 1.5; } .count { fill: var(--ink); }
 .shade { fill: var(--shade); } .label { fill: var(--blue); font-weight: 600; }
 .on { fill: #fff; font-size: 13px; font-weight: 600; }
-.asked { fill: var(--asked); } .queued { fill: var(--queued); } .wire { fill: var(--wire); }
+.asked { fill: var(--asked); } .queued { fill: var(--queued); } .wire, .waited { fill: var(--wire); }
 .placed { fill: var(--placed); }
 i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 8px; }
 i.asked { background: var(--asked); } i.queued { background: var(--queued); }
-i.wire { background: var(--wire); } i.placed { background: var(--placed); }
+i.wire, i.waited { background: var(--wire); } i.placed { background: var(--placed); }
 table { border-collapse: collapse; width: 100%; font-size: 15px; margin-top: 10px;
   font-variant-numeric: tabular-nums; }
 td, th { text-align: left; font-weight: normal; padding: 5px 12px 5px 0; vertical-align: top;
@@ -56,14 +56,6 @@ code { display: block; white-space: pre-wrap; overflow-wrap: anywhere; font-size
   font-family: ui-monospace, monospace; background: var(--paper); border: 1px solid var(--line);
   border-radius: 6px; padding: 10px 12px; }
 ";
-
-/// What each part of a fault's time is.
-const PARTS: [&str; 4] = [
-    "at the destination, until the request was written",
-    "at the source, from reading the request to the page being with its kernel",
-    "both ways, and in the kernels of both sides",
-    "at the destination, from the page's first byte to the guest going on",
-];
 
 /// The whole page.
 pub(super) fn page(outcome: &Outcome) -> String {
@@ -108,7 +100,11 @@ fn head(outcome: &Outcome, html: &mut String) {
         Some(_) => ("bad", "not verified"),
     };
     add!(html, "<div class=\"verdict {class}\">{text}</div>\n<div class=\"tiles\">\n");
-    let ms = |time: Option<u64>| duration(time.unwrap_or(0) as f64 * 1e3);
+    // No more digits than were measured.
+    let ms = |time: Option<u64>| match time.unwrap_or(0) {
+        ms @ 0..1000 => format!("{ms} ms"),
+        ms => duration(ms as f64 * 1e3),
+    };
     let mut tile = |value: &str, what: &str| {
         add!(html, "<div class=\"tile\"><b>{}</b><span>{what}</span></div>\n", escape(value));
     };
@@ -148,10 +144,10 @@ fn faults(postcopy: &Postcopy, html: &mut String) {
         "</tr>\n</table>\n</section>\n<section>\n<h2>Where the time of a fault goes</h2>\n",
     );
     let split = postcopy.split();
-    html.push_str(&svg::split(split));
+    html.push_str(&svg::split(&split));
     html.push_str("\n<table>\n");
-    let all: f64 = split.parts().iter().map(|(_, us)| us).sum();
-    for ((name, us), what) in split.parts().into_iter().zip(PARTS) {
+    let all: f64 = split.iter().map(|part| part.us).sum();
+    for Part { name, what, us } in split {
         let share = if all > 0.0 { us / all * 100.0 } else { 0.0 };
         add!(
             html,

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
 use serde_json::{Value, json};
 use whimbrel::{AnswerStats, FaultStats};
 use whimbrel_control::MigrationReport;
@@ -51,25 +50,13 @@ pub(super) struct Postcopy {
     pub(super) blocktime: Vec<(String, Value)>,
 }
 
-/// Where a fault's time goes, on average, in µs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub(super) struct Split {
-    /// Until the request was written.
-    pub(super) asked: f64,
-    /// At the source: from reading the request to the page being with its kernel.
-    pub(super) queued: f64,
-    /// On the wire: both ways, and in the kernels of both sides.
-    pub(super) wire: f64,
-    /// Until the page was in place.
-    pub(super) placed: f64,
-}
-
-impl Split {
-    /// The parts with their names, in their order.
-    pub(super) fn parts(self) -> [(&'static str, f64); 4] {
-        let Split { asked, queued, wire, placed } = self;
-        [("asked", asked), ("queued", queued), ("wire", wire), ("placed", placed)]
-    }
+/// A part of a fault's time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Part {
+    pub(super) name: &'static str,
+    pub(super) what: &'static str,
+    /// On average, in µs.
+    pub(super) us: f64,
 }
 
 impl Postcopy {
@@ -92,17 +79,39 @@ impl Postcopy {
         }
     }
 
-    /// Where the time went. What is queued is told by the source, of those requests that it
-    /// answered; the rest of what the destination waited is the wire's.
-    pub(super) fn split(&self) -> Split {
+    /// Where a fault's time goes. What is queued is told by the source, of those requests that it
+    /// answered by a page of their own; the rest of what the destination waited is the wire's.
+    /// Without such answers the two cannot be told apart.
+    pub(super) fn split(&self) -> Vec<Part> {
+        let part = |name, what, us| Part { name, what, us };
         let waited = self.faults.waited_us.mean;
         let queued = self.answers.queued_us.mean.min(waited);
-        Split {
-            asked: self.faults.asked_us.mean,
-            queued,
-            wire: waited - queued,
-            placed: self.faults.placed_us.mean,
+        let mut parts = vec![part(
+            "asked",
+            "at the destination, until the request was written",
+            self.faults.asked_us.mean,
+        )];
+        if self.answers.count == 0 {
+            parts.push(part(
+                "waited",
+                "at the source, behind other pages, and on the wire",
+                waited,
+            ));
+        } else {
+            let what = "at the source, from reading the request to the page being with its kernel";
+            parts.push(part("queued", what, queued));
+            parts.push(part(
+                "wire",
+                "both ways, and in the kernels of both sides",
+                waited - queued,
+            ));
         }
+        parts.push(part(
+            "placed",
+            "at the destination, from the page's first byte to the guest going on",
+            self.faults.placed_us.mean,
+        ));
+        parts
     }
 }
 
@@ -139,7 +148,10 @@ impl Outcome {
             object["postcopy-time"] = ms.into();
             object["faults"] = postcopy.faults.count.into();
             object["fault-latency-us"] = json!(postcopy.faults.latency_us);
-            object["fault-split-us"] = json!(postcopy.split());
+            object["fault-split-us"] = json!({});
+            for part in postcopy.split() {
+                object["fault-split-us"][part.name] = part.us.into();
+            }
             object["postcopy-latency-dist"] = json!(postcopy.dist);
             object["x-faults"] = json!(postcopy.faults);
             object["x-answers"] = json!(postcopy.answers);
@@ -267,7 +279,15 @@ mod tests {
     #[test]
     fn no_part_of_a_fault_is_less_than_nothing() {
         let mut postcopy = samples::outcome(&[1]).postcopy.unwrap();
+        let split = |postcopy: &Postcopy| -> Vec<(&str, f64)> {
+            postcopy.split().iter().map(|part| (part.name, part.us)).collect()
+        };
         postcopy.answers.queued_us.mean = 1e6;
-        assert_eq!((postcopy.split().queued, postcopy.split().wire), (71.0, 0.0));
+        assert_eq!(
+            split(&postcopy),
+            [("asked", 9.0), ("queued", 71.0), ("wire", 0.0), ("placed", 16.0)]
+        );
+        postcopy.answers = AnswerStats::default();
+        assert_eq!(split(&postcopy), [("asked", 9.0), ("waited", 71.0), ("placed", 16.0)]);
     }
 }

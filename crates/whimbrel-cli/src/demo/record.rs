@@ -8,6 +8,9 @@ use whimbrel_control::{Client, PeerEvent};
 use crate::drive::Look;
 use crate::monitor::GUEST_PROGRESS;
 
+/// Between two questions to the guest at the destination: they cost it what they take.
+const ASK: Duration = Duration::from_millis(10);
+
 /// Bytes that had gone by a moment.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Sample {
@@ -29,6 +32,7 @@ pub(super) struct Record {
     samples: Vec<Sample>,
     /// A connection of its own to the destination.
     guest: Option<Client>,
+    asked: Option<Duration>,
     /// What the guest had done there when it was last known that pages were missing.
     updates: u64,
 }
@@ -36,7 +40,7 @@ pub(super) struct Record {
 impl Record {
     /// With a connection to the destination, to see what the guest does there in postcopy.
     pub(super) fn new(guest: Option<Client>) -> Record {
-        Record { samples: Vec::new(), guest, updates: 0 }
+        Record { samples: Vec::new(), guest, asked: None, updates: 0 }
     }
 
     pub(super) fn look(&mut self, look: &Look<'_>) {
@@ -45,7 +49,12 @@ impl Record {
             self.samples.push(Sample { after: look.after, bytes: ram.transferred, postcopy });
         }
         let there = look.destination.is_some_and(|report| report.status.is_postcopy());
-        if there && let Some(guest) = &mut self.guest {
+        let due = self.asked.is_none_or(|asked| look.after - asked >= ASK);
+        if there
+            && due
+            && let Some(guest) = &mut self.guest
+        {
+            self.asked = Some(look.after);
             // What it says counts only if pages are still missing after it was said.
             let progress = guest.execute(GUEST_PROGRESS, json!({})).unwrap_or(Value::Null);
             let still = guest.query_migrate().is_ok_and(|report| report.status.is_postcopy());

@@ -66,8 +66,9 @@ fn faults(postcopy: &Postcopy) -> String {
         duration(latency.p99),
         duration(latency.max),
     );
-    let parts = postcopy.split().parts();
-    let parts = parts.map(|(name, us)| format!("{name} {}", duration(us)));
+    let parts = postcopy.split();
+    let parts: Vec<String> =
+        parts.iter().map(|part| format!("{} {}", part.name, duration(part.us))).collect();
     let text = row("faults", &latencies) + &row("of which", &parts.join(", "));
     let text = text + &row("guest", &guest);
     let text = text + &format!("\nfaults by latency\n{}", histogram(&postcopy.dist));

@@ -265,9 +265,9 @@ fn addresses_that_cannot_be_had() {
     whimbrel(&["receive", "exec:exit 3", &store]).expect_line("a command that fails", &["byte 0"]);
 
     let mut vm = VmProcess::source(&SMALL);
-    drop(listener);
     for (uri, text) in [
-        (format!("tcp:127.0.0.1:{port}"), "nobody listens there"),
+        // A port that is let go is soon another test's.
+        ("tcp:127.0.0.1:1".to_owned(), "nobody listens there"),
         ("unix:/no/such/socket".into(), "check the path"),
         ("file:/no/such/folder/file".into(), "check the path"),
         ("exec:exit 3".into(), ""),
@@ -352,9 +352,19 @@ fn flags_that_are_none() {
         (&["vm", "--workload=zipf,speed=1"], "rate=N, working-set=SIZE or seed=N"),
         (&["vm", "--page-size=8k"], "4k, 2M or 1G"),
         (&["vm", "--no-such-flag"], "--no-such-flag"),
-        (&["demo", "--mode=teleport"], "precopy"),
+        (&["demo", "--mode=teleport"], "precopy, postcopy, preempt"),
+        (&["demo", "--postcopy-after=soon"], "expected 'first-pass' or milliseconds"),
+        (&["migrate", "unix:a", "unix:b", "--preempt"], "--postcopy"),
+        (&["migrate", "unix:a", "unix:b", "--postcopy-after=0"], "--postcopy"),
         (&["receive", "tcp:127.0.0.1:0"], "--store"),
         (&["receive", "ftp:x", "--store=x"], "expected tcp:HOST:PORT"),
+        (&["receive", "tcp:127.0.0.1:0", "--store=x", "--touch=all"], "sequential, random or"),
+        (&["receive", "tcp:127.0.0.1:0", "--store=x", "--touch=random,seed=x"], "'x' is no number"),
+        (&["receive", "tcp:127.0.0.1:0", "--store=x", "--touch=sequential,seed=1"], "only random"),
+        (&["restore", "x", "tcp:127.0.0.1:1", "--preempt"], "--postcopy"),
+        (&["restore", "x", "tcp:127.0.0.1:1", "--page-size=2M"], "--postcopy"),
+        (&["restore", "x", "tcp:127.0.0.1:1", "--bandwidth=1M"], "--postcopy"),
+        (&["restore", "x", "tcp:127.0.0.1:1", "--postcopy", "--page-size=ram=8k"], "4k, 2M or 1G"),
         (&["no-such-command"], "no-such-command"),
     ] {
         let ended = whimbrel(arguments);

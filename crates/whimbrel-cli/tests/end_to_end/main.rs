@@ -4,6 +4,7 @@ mod bad_input;
 mod cancel;
 mod demo;
 mod kept;
+mod postcopy;
 mod process;
 mod qmp;
 mod stream;

@@ -48,7 +48,8 @@ impl Ended {
     /// It failed with one line on the standard error, which holds all of `texts`. Lines of
     /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
-        const PROGRESS: [&str; 4] = ["waiting for a migration at ", "received ", "setup", "active"];
+        const PROGRESS: [&str; 6] =
+            ["waiting for a migration at ", "received ", "setup", "active", "device", "postcopy-"];
         assert_eq!(self.status.code(), Some(1), "{what}: {self:?}");
         let progress = |line: &&str| PROGRESS.iter().any(|start| line.starts_with(start));
         let lines: Vec<&str> = self.err.lines().skip_while(progress).collect();
@@ -171,6 +172,8 @@ impl Drop for Running {
 pub(crate) struct VmProcess {
     pub(crate) process: Running,
     pub(crate) qmp: Client,
+    /// Where the socket is, for who else wants to connect.
+    _socket: TempDir,
 }
 
 /// The options of a small VM that every machine can run.
@@ -208,7 +211,7 @@ impl VmProcess {
         command.args([WHIMBREL, "vm", "--serial=none", &qmp]).args(options);
         let process = Running::beside(command);
         let qmp = connect(&path, &process);
-        VmProcess { process, qmp }
+        VmProcess { process, qmp, _socket: socket }
     }
 
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {

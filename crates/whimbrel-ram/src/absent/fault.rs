@@ -4,7 +4,7 @@ use std::io;
 
 use super::region::{Kind, Region};
 use super::{AbsentRam, named};
-use crate::uffd::Event;
+use crate::uffd::{Event, Span};
 use crate::{BlockIndex, TARGET_PAGE};
 
 /// A touch of a page that was not in memory: somebody waits.
@@ -84,7 +84,7 @@ impl AbsentRam {
                 }
             }
             let (done, result) = match region.kind {
-                Kind::Huge => self.uffd.copy(span.start, self.zeros.bytes(span.len)),
+                Kind::Huge => self.uffd.copy(span.start, Span::of(self.zeros.bytes(span.len))),
                 Kind::Anonymous | Kind::Shared => self.uffd.zero(span),
             };
             match result {

@@ -9,7 +9,9 @@
 //! for it once more is harmless, since what comes twice is left as it is. Of several threads that
 //! place the same page one does, and the others find that it is done or being done.
 
+mod discard;
 mod fault;
+mod mapping;
 mod place;
 mod region;
 mod split;
@@ -19,7 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use crate::uffd::{Faults, Userfaultfd, feature};
-use crate::{BlockIndex, GuestRam, PageSize, RamBlock, Received};
+use crate::{BlockIndex, GuestRam, PageSize, RamBlock, Received, TARGET_PAGE};
 
 pub use fault::Fault;
 use place::Zeros;
@@ -40,8 +42,8 @@ pub enum Split {
 /// Used by several threads at once; no lock is held while the kernel is called.
 ///
 /// Dropped before it is [finished](AbsentRam::finish), it stops watching: who waits goes on and
-/// finds zeros in place of what has not arrived, and so does everybody else from then on. Stop the
-/// guest first, and do not run it again.
+/// finds zeros, or what was there before, in place of what has not arrived, and so does everybody
+/// else from then on. Stop the guest first, and do not run it again.
 #[derive(Debug)]
 pub struct AbsentRam {
     ram: GuestRam,
@@ -65,19 +67,21 @@ impl AbsentRam {
     /// # Errors
     /// When the kernel cannot watch a block, or not for the touches of vCPUs. Private mappings of
     /// files in 4 KiB pages cannot be watched: what the file holds there would be taken for the
-    /// guest's. Of memory the VMM mapped itself, private anonymous memory and hugetlb can.
+    /// guest's. Of memory the VMM mapped itself, private anonymous memory and hugetlb can. Splitting
+    /// a block whose missing pages are scattered over more than 30 GiB needs a larger
+    /// `vm.max_map_count` than the default.
     pub fn watch(ram: &GuestRam, received: Arc<Received>, split: Split) -> io::Result<AbsentRam> {
-        let wished = feature::FLAG_WP
-            | feature::THREAD_ID
+        let wished = feature::THREAD_ID
             | feature::EXACT_ADDRESS
             | feature::POISON
             | feature::MISSING_SHMEM
             | feature::MINOR_SHMEM
             | feature::MISSING_HUGETLBFS;
-        let (uffd, features) = Userfaultfd::open_with(Faults::All, 0, wished)?;
-        let restoring = Restoring::new();
-        let may_split = split == Split::Small && features & feature::FLAG_WP != 0;
-        let small = may_split.then_some(&restoring);
+        let (restoring, small) = (Restoring::new(), split == Split::Small);
+        let splits = small && ram.blocks().any(|(_, block)| split::takes_small_pieces(block));
+        let required = if splits { feature::FLAG_WP } else { 0 };
+        let (uffd, features) = Userfaultfd::open_with(Faults::All, required, wished)?;
+        let small = small.then_some(&restoring);
         let watch = |(index, block)| Region::watch(&uffd, index, block, &received, small);
         let regions: Box<[Region]> = ram.blocks().map(watch).collect::<io::Result<_>>()?;
         let largest = regions.iter().map(|region| region.unit.bytes()).max().unwrap_or(0);
@@ -94,9 +98,11 @@ impl AbsentRam {
         self.regions[block.index()].unit
     }
 
-    /// Whether a block can be placed in pieces of 4 KiB ([`Split::Small`]).
+    /// Whether a block is placed in pieces of 4 KiB with [`Split::Small`]: its host pages are no
+    /// larger, or it is hugetlb of a file that is mapped shared. What is private or the VMM's own is
+    /// in no file that could be mapped again.
     pub fn takes_small_pieces(block: &RamBlock) -> bool {
-        block.host_page_size() == crate::TARGET_PAGE
+        block.host_page_size() == TARGET_PAGE || split::takes_small_pieces(block)
     }
 
     /// Which pages have arrived.
@@ -132,7 +138,7 @@ impl AbsentRam {
             self.restore_all(block, &self.regions[index.index()])
                 .and_then(|()| self.uffd.unregister(block.span()))
                 .map_err(|error| named(block, "end the watch for", &error))?;
-            region::advise_huge_pages(block, true);
+            discard::advise_huge_pages(block, true);
         }
         Ok(())
     }

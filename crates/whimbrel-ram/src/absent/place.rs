@@ -11,7 +11,8 @@ use super::fault::exists;
 use super::region::{Kind, Region};
 use super::{AbsentRam, named};
 use crate::backing::Backing;
-use crate::{BlockIndex, RamBlock};
+use crate::uffd::Span;
+use crate::{BlockIndex, RamBlock, TARGET_PAGE};
 
 /// What to put there.
 #[derive(Clone, Copy)]
@@ -119,9 +120,10 @@ impl AbsentRam {
             let rest = at..bytes.end;
             let span = region.at(at, bytes.end - at);
             let (done, result) = match (content.part(bytes.start, &rest), region.kind) {
-                (Content::Bytes(bytes), _) => self.uffd.copy(span.start, bytes),
+                (Content::Bytes(bytes), _) => self.uffd.copy(span.start, Span::of(bytes)),
                 (Content::Zeros, Kind::Huge) => {
-                    self.uffd.copy(span.start, self.zeros.bytes(region.unit.bytes() as u64))
+                    let unit = self.zeros.bytes(region.unit.bytes() as u64);
+                    self.uffd.copy(span.start, Span::of(unit))
                 }
                 (Content::Zeros, Kind::Anonymous | Kind::Shared) => self.uffd.zero(span),
             };
@@ -130,40 +132,45 @@ impl AbsentRam {
             if region.kind != Kind::Shared || !exists(&error) {
                 return (at - bytes.start, Err(error));
             }
-            // In the page cache as a part of a huge folio, and mapped nowhere.
-            let unit = region.unit.bytes() as u64;
-            let one = at..at + unit;
-            if let Err(error) = self.put_cached(region, block, at, content.part(bytes.start, &one))
-            {
+            // In the page cache, by an older version or as a part of a huge folio, and mapped
+            // nowhere: the others go the same way.
+            let rest = at..bytes.end;
+            let content = content.part(bytes.start, &rest);
+            if let Err(error) = write_file(block, &rest, content, &self.zeros) {
                 return (at - bytes.start, Err(error));
             }
-            at += unit;
+            while at < bytes.end {
+                let (done, result) = self.uffd.map_cached(region.at(at, bytes.end - at));
+                at += done;
+                if let Err(error) = result {
+                    return (at - bytes.start, Err(error));
+                }
+            }
         }
         (at - bytes.start, Ok(()))
     }
+}
 
-    /// Places a page of shared memory through its file, and maps it.
-    fn put_cached(
-        &self,
-        region: &Region,
-        block: &RamBlock,
-        at: u64,
-        content: Content<'_>,
-    ) -> io::Result<()> {
-        let Backing::Shared { file, offset } = block.backing() else {
-            unreachable!("only of such blocks pages are placed so")
-        };
-        let unit = region.unit.bytes() as u64;
-        let bytes = match content {
-            Content::Bytes(bytes) => bytes,
-            Content::Zeros => self.zeros.bytes(unit),
-        };
-        file.write_all_at(bytes, offset + at)?;
-        loop {
-            match self.uffd.map_cached(region.at(at, unit)) {
-                (0, Ok(())) => {}
-                (_, result) => return result,
+/// Writes a part of a block of shared memory through its file.
+fn write_file(
+    block: &RamBlock,
+    bytes: &Range<u64>,
+    content: Content<'_>,
+    zeros: &Zeros,
+) -> io::Result<()> {
+    let Backing::Shared { file, offset } = block.backing() else {
+        unreachable!("only of such blocks pages are placed so")
+    };
+    match content {
+        Content::Bytes(all) => file.write_all_at(all, offset + bytes.start),
+        Content::Zeros => {
+            let mut at = bytes.start;
+            while at < bytes.end {
+                let piece = zeros.bytes((bytes.end - at).min(zeros.len as u64));
+                file.write_all_at(piece, offset + at)?;
+                at += piece.len() as u64;
             }
+            Ok(())
         }
     }
 }
@@ -179,7 +186,7 @@ impl<'a> Content<'a> {
     }
 }
 
-/// As many zeros as the largest unit has bytes, which take no memory.
+/// Zeros, at least as many as the largest unit has bytes; they take no memory.
 #[derive(Debug)]
 pub(super) struct Zeros {
     address: NonNull<u8>,
@@ -193,6 +200,7 @@ unsafe impl Sync for Zeros {}
 
 impl Zeros {
     pub(super) fn new(len: usize) -> io::Result<Zeros> {
+        let len = len.max(64 * TARGET_PAGE.bytes());
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
         let address = unsafe { libc::mmap(ptr::null_mut(), len, libc::PROT_READ, flags, -1, 0) };
@@ -206,10 +214,11 @@ impl Zeros {
         Ok(Zeros { address, len })
     }
 
+    /// `len` of them: a unit, or fewer than there are.
     pub(super) fn bytes(&self, len: u64) -> &[u8] {
         // SAFETY: mapped readable as long as `self` lives, and never written.
         let all = unsafe { slice::from_raw_parts(self.address.as_ptr(), self.len) };
-        &all[..usize::try_from(len).expect("a unit")]
+        &all[..usize::try_from(len).expect("fits in memory")]
     }
 }
 

@@ -1,11 +1,11 @@
-//! One block whose pages are still arriving: what it is made of, and taking pages out of it.
-#![expect(unsafe_code, reason = "takes pages of guest memory back")]
+//! One block whose pages are still arriving: what it is made of, and where to watch it.
 
 use std::io;
 use std::ops::Range;
 
+use super::discard::{advise_huge_pages, discard};
 use super::named;
-use super::split::{Huge, Restoring};
+use super::split::{Huge, Restoring, takes_small_pieces};
 use crate::backing::Backing;
 use crate::bitmap::AtomicBitmap;
 use crate::uffd::{self, Span, Userfaultfd};
@@ -47,14 +47,15 @@ impl Region {
         refuse_foreign_shared(uffd, block).map_err(cannot)?;
         advise_huge_pages(block, false);
         let missing = missing(index, block, received);
-        let take_out = || missing.iter().try_for_each(|run| discard(block, run));
-        let huge = match split {
-            Some(restoring) => {
-                take_out().and_then(|()| Huge::split(uffd, block, &missing, restoring))
-            }
-            None => Ok(None),
+        let take_out = || discard(block, &missing);
+        let huge = match split.filter(|_| takes_small_pieces(block)) {
+            Some(restoring) => Some(
+                take_out()
+                    .and_then(|()| Huge::split(uffd, block, &missing, restoring))
+                    .map_err(cannot)?,
+            ),
+            None => None,
         };
-        let huge = huge.map_err(cannot)?;
         let (kind, unit) = match huge {
             Some(_) => (Kind::Anonymous, TARGET_PAGE),
             None => (kind, block.host_page_size()),
@@ -141,36 +142,4 @@ fn refuse_foreign_shared(uffd: &Userfaultfd, block: &RamBlock) -> io::Result<()>
     uffd.unregister(block.span())?;
     let text = "it is shared memory without its file (make the block of the file)";
     Err(io::Error::new(io::ErrorKind::Unsupported, text))
-}
-
-/// Takes pages out of memory, and out of the file where others see what is written to it.
-fn discard(block: &RamBlock, pages: &Range<u64>) -> io::Result<()> {
-    let huge = block.host_page_size() > TARGET_PAGE;
-    match block.backing() {
-        Backing::Shared { .. } => advise(block, pages, libc::MADV_REMOVE),
-        // Shared or not, only the VMM knows: the kernel refuses the one where it is the other.
-        Backing::External(_) if huge => advise(block, pages, libc::MADV_REMOVE)
-            .or_else(|_| advise(block, pages, libc::MADV_DONTNEED)),
-        _ => advise(block, pages, libc::MADV_DONTNEED),
-    }
-}
-
-fn advise(block: &RamBlock, pages: &Range<u64>, advice: libc::c_int) -> io::Result<()> {
-    let page = TARGET_PAGE.bytes() as u64;
-    let len = usize::try_from((pages.end - pages.start) * page).expect("RAM fits in memory");
-    let address = block.range(pages.start * page, len).map_err(io::Error::other)?;
-    // SAFETY: `range` checked that it is in the block's mapping, where no Rust reference points;
-    // what is taken out of it is what its owner no longer needs.
-    let result = unsafe { libc::madvise(address.as_ptr().cast(), len, advice) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Asks for huge folios, as every block of ours in 4 KiB pages does when it is made, or for none.
-pub(super) fn advise_huge_pages(block: &RamBlock, wanted: bool) {
-    let ours = !matches!(block.backing(), Backing::External(_));
-    if ours && block.host_page_size() == TARGET_PAGE {
-        let advice = if wanted { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
-        // A kernel without huge folios refuses, and that is as well.
-        let _ = advise(block, &(0..block.target_pages()), advice);
-    }
 }

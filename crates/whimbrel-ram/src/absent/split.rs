@@ -14,22 +14,19 @@
 //!
 //! The kernel's own copies into guest memory wait like any other writer. What writes past the page
 //! tables does not: no page may be pinned for that meanwhile (VFIO, O_DIRECT reads in flight).
-#![expect(unsafe_code, reason = "maps guest memory anew and copies between its mappings")]
 
 use std::collections::VecDeque;
 use std::fs;
 use std::io;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
-use std::ptr::{self, NonNull};
 use std::sync::{Mutex, PoisonError};
 
+use super::mapping::{SecondMapping, map_file, map_small};
 use super::place::Content;
 use super::region::Region;
 use super::{AbsentRam, named};
 use crate::backing::Backing;
 use crate::bitmap::AtomicBitmap;
-use crate::copy;
 use crate::sync::{AtomicU64, Ordering};
 use crate::uffd::{self, Span, Userfaultfd};
 use crate::{BlockIndex, HostPage, PageSize, RamBlock, TARGET_PAGE};
@@ -51,6 +48,8 @@ pub(super) struct Restoring {
     complete: Mutex<VecDeque<HostPage>>,
     mappings: AtomicU64,
 }
+
+const PAGE: u64 = TARGET_PAGE.bytes() as u64;
 
 /// Mappings that one more run of other pages in the middle of a mapping makes.
 const MAPPINGS_EACH: u64 = 2;
@@ -82,20 +81,28 @@ impl Restoring {
     }
 }
 
+/// Whether the host pages of a block are filled in small pieces, if that is wanted.
+pub(super) fn takes_small_pieces(block: &RamBlock) -> bool {
+    block.host_page_size() > TARGET_PAGE && matches!(block.backing(), Backing::Shared { .. })
+}
+
 impl Huge {
     /// Puts ordinary memory in the place of `missing` target pages (whole host pages, taken out
-    /// already) and watches it. `None` where that cannot be.
+    /// already) and watches it.
     pub(super) fn split(
         uffd: &Userfaultfd,
         block: &RamBlock,
         missing: &[Range<u64>],
         restoring: &Restoring,
-    ) -> io::Result<Option<Huge>> {
+    ) -> io::Result<Huge> {
         let page = block.host_page_size();
-        let Backing::Shared { .. } = block.backing() else { return Ok(None) };
-        let small = page == TARGET_PAGE || missing.is_empty();
-        if small || !restoring.may_map(missing.len() as u64) {
-            return Ok(None);
+        if !restoring.may_map(missing.len() as u64) {
+            let text = format!(
+                "they are in {} places (raise sysctl vm.max_map_count above {})",
+                missing.len(),
+                missing.len() as u64 * MAPPINGS_EACH * 2,
+            );
+            return Err(io::Error::new(io::ErrorKind::OutOfMemory, text));
         }
         let count = block.len() / page.bytes() as u64;
         let huge = Huge {
@@ -104,6 +111,7 @@ impl Huge {
             arrived: (0..count).map(|_| AtomicU64::new(0)).collect(),
             file: SecondMapping::new(block)?,
         };
+        uffd.register(huge.file.span(), uffd::MISSING)?;
         let each = page.target_pages();
         for run in missing {
             let (offset, len) = (run.start * PAGE, (run.end - run.start) * PAGE);
@@ -112,7 +120,7 @@ impl Huge {
             uffd.register(span, uffd::MISSING | uffd::WRITE_PROTECT)?;
             huge.small.set(run.start / each..run.end / each);
         }
-        Ok(Some(huge))
+        Ok(huge)
     }
 
     fn bytes(&self) -> u64 {
@@ -137,10 +145,7 @@ impl Huge {
     fn gather(&self, uffd: &Userfaultfd, region: &Region, number: u64) -> io::Result<()> {
         let span = region.at(number * self.bytes(), self.bytes());
         uffd.write_protect(span, true)?;
-        let from = ptr::with_exposed_provenance(usize::try_from(span.start).expect("an address"));
-        // SAFETY: a host page of the block, all of it present, which nobody writes to now.
-        unsafe { self.file.fill(number * self.bytes(), from, self.page.bytes()) };
-        Ok(())
+        self.file.fill(uffd, number * self.bytes(), span)
     }
 }
 
@@ -179,6 +184,7 @@ impl AbsentRam {
             huge.gather(&self.uffd, region, number).and_then(|()| map_file(block, offset, len));
         if let Err(error) = result {
             // The small pages stay, and who writes to them goes on.
+            huge.file.empty(offset, huge.page)?;
             self.uffd.write_protect(span, false)?;
             return Err(error);
         }
@@ -219,11 +225,13 @@ impl AbsentRam {
             self.restoring.give_back();
             return Ok(0);
         }
+        let mut filled = Ok(());
         if let Content::Bytes(bytes) = content.part(offset, &all) {
-            // SAFETY: `bytes` are as long as the huge page, which nobody else fills.
-            unsafe { huge.file.fill(offset, bytes.as_ptr(), bytes.len()) };
+            filled = huge.file.fill(&self.uffd, offset, Span::of(bytes));
         }
-        if let Err(error) = map_file(self.ram.block(index), offset, huge.bytes()) {
+        let block = self.ram.block(index);
+        if let Err(error) = filled.and_then(|()| map_file(block, offset, huge.bytes())) {
+            huge.file.empty(offset, huge.page)?;
             region.taken.clear(pages);
             return Err(error);
         }
@@ -237,10 +245,8 @@ impl AbsentRam {
     pub(super) fn restore_all(&self, block: &RamBlock, region: &Region) -> io::Result<()> {
         let Some(huge) = &region.huge else { return Ok(()) };
         let count = block.len() / huge.bytes();
-        for number in 0..count {
-            if huge.small.contains(number) {
-                huge.gather(&self.uffd, region, number)?;
-            }
+        for number in (0..count).filter(|&number| huge.small.contains(number)) {
+            huge.gather(&self.uffd, region, number)?;
         }
         map_file(block, 0, block.len())?;
         huge.small.clear(0..count);
@@ -248,96 +254,96 @@ impl AbsentRam {
     }
 }
 
-const PAGE: u64 = TARGET_PAGE.bytes() as u64;
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::Arc;
 
-/// Puts ordinary memory in the place of a part of a block.
-fn map_small(block: &RamBlock, offset: u64, len: u64) -> io::Result<()> {
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    // SAFETY: the caller has taken the pages out of the block; there is nothing to be lost.
-    let (address, len) = unsafe { map_over(block, offset, len, flags, -1, 0) }?;
-    // SAFETY: advice on the mapping just made. Huge folios would be placed in pieces all the same.
-    unsafe { libc::madvise(address, len, libc::MADV_NOHUGEPAGE) };
-    Ok(())
-}
+    use super::{MAPPINGS_EACH, Restoring};
+    use crate::reserve::HugePages;
+    use crate::sync::{AtomicU64, Ordering};
+    use crate::{AbsentRam, BlockIndex, GuestRam, PageSize, RamBlock, Received, Sharing, Split};
 
-/// Puts the block's file back in its place.
-fn map_file(block: &RamBlock, offset: u64, len: u64) -> io::Result<()> {
-    let Backing::Shared { file, offset: start } = block.backing() else {
-        unreachable!("only such blocks are split")
-    };
-    let at = libc::off_t::try_from(start + offset).map_err(io::Error::other)?;
-    // SAFETY: the file holds what the small pages do: they were copied, and not written since.
-    unsafe { map_over(block, offset, len, libc::MAP_SHARED, file.as_raw_fd(), at) }?;
-    Ok(())
-}
+    const RAM: BlockIndex = BlockIndex(0);
+    const HUGE: u64 = 2 << 20;
 
-/// # Safety
-/// What the guest needs of the memory that is there now is in what takes its place.
-unsafe fn map_over(
-    block: &RamBlock,
-    offset: u64,
-    len: u64,
-    flags: libc::c_int,
-    fd: libc::c_int,
-    at: libc::off_t,
-) -> io::Result<(*mut libc::c_void, usize)> {
-    let len = usize::try_from(len).expect("RAM fits in memory");
-    let address = block.range(offset, len).map_err(io::Error::other)?.as_ptr().cast();
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = flags | libc::MAP_FIXED;
-    // SAFETY: inside the block's mapping, as `range` checked, which it owns and where no Rust
-    // reference points; its content is the caller's promise.
-    let mapped = unsafe { libc::mmap(address, len, protection, flags, fd, at) };
-    if mapped == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok((mapped, len)) }
-}
-
-/// The file of a block, mapped where the guest does not see it.
-#[derive(Debug)]
-struct SecondMapping {
-    address: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: plain memory that lives as long as the value, written only through copies of raw memory.
-unsafe impl Send for SecondMapping {}
-// SAFETY: as above.
-unsafe impl Sync for SecondMapping {}
-
-impl SecondMapping {
-    fn new(block: &RamBlock) -> io::Result<SecondMapping> {
-        let Backing::Shared { file, offset } = block.backing() else {
-            unreachable!("only such blocks are split")
-        };
-        let len = usize::try_from(block.len()).expect("RAM fits in memory");
-        let offset = libc::off_t::try_from(*offset).map_err(io::Error::other)?;
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let (flags, fd) = (libc::MAP_SHARED, file.as_raw_fd());
-        // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let address = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, offset) };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
+    /// Four huge pages of which all is missing, if the host has them.
+    fn watched() -> Option<AbsentRam> {
+        match RamBlock::memfd("ram", 0, 4 * HUGE, PageSize::SIZE_2M, Sharing::Shared) {
+            Ok(block) => {
+                let ram = GuestRam::new(vec![block]);
+                let received = Arc::new(Received::new(&ram));
+                Some(AbsentRam::watch(&ram, received, Split::Small).unwrap())
+            }
+            Err(error) => {
+                eprintln!("skipped: {error}");
+                None
+            }
         }
-        let address = NonNull::new(address.cast()).expect("mmap never gives address zero");
-        Ok(SecondMapping { address, len })
     }
 
-    /// Copies `len` bytes to `offset`.
-    ///
-    /// # Safety
-    /// `from..from+len` is readable, and not of this mapping.
-    unsafe fn fill(&self, offset: u64, from: *const u8, len: usize) {
-        let at = usize::try_from(offset).expect("RAM fits in memory");
-        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "inside the block");
-        // SAFETY: inside the mapping, as just checked.
-        let to = unsafe { self.address.add(at) };
-        // SAFETY: readable by the caller's promise; writable, and no reference points there.
-        unsafe { copy::copy(from, to.as_ptr(), len) };
+    fn page(number: u64) -> Vec<u8> {
+        vec![u8::try_from(number % 251).unwrap(); 4096]
     }
-}
 
-impl Drop for SecondMapping {
-    fn drop(&mut self) {
-        // SAFETY: made in `new`, and nobody holds a pointer into it past our life.
-        unsafe { libc::munmap(self.address.as_ptr().cast(), self.len) };
+    #[test]
+    fn without_mappings_to_spare_all_is_restored_at_the_end() {
+        let _pages = HugePages::reserve(4);
+        let Some(absent) = watched() else { return };
+        for number in 0..512 {
+            absent.place(RAM, number * 4096, &page(number)).unwrap();
+        }
+        assert!(absent.restore_next().unwrap());
+        assert!(!absent.restore_next().unwrap(), "no other is complete");
+        absent.restoring.mappings.store(MAPPINGS_EACH - 1, Ordering::Relaxed);
+        let rest: Vec<u8> = (512..4 * 512).flat_map(page).collect();
+        assert_eq!(absent.place(RAM, HUGE, &rest).unwrap(), 3 * 512);
+        let small = |absent: &AbsentRam| {
+            let huge = absent.regions[0].huge.as_ref().unwrap();
+            (0..4).map(|number| huge.small.contains(number)).collect::<Vec<_>>()
+        };
+        assert_eq!(small(&absent), [false, true, true, true]);
+        assert!(!absent.restore_next().unwrap());
+        let ram = absent.ram().clone();
+        absent.finish().unwrap();
+        let mut bytes = vec![0; 4096];
+        for number in 0..4 * 512 {
+            ram.block(RAM).read(number * 4096, &mut bytes).unwrap();
+            assert!(bytes == page(number), "page {number}");
+        }
+    }
+
+    #[test]
+    fn a_huge_page_that_comes_whole_is_never_small() {
+        let _pages = HugePages::reserve(4);
+        let Some(absent) = watched() else { return };
+        let all: Vec<u8> = (0..4 * 512).flat_map(page).collect();
+        absent.place(RAM, 512 * 4096 + 4096, &page(513)).unwrap();
+        assert_eq!(absent.place(RAM, 0, &all[..3 << 20]).unwrap(), 512 + 255);
+        assert_eq!(absent.place_zeros(RAM, 2 * HUGE, 2 * HUGE).unwrap(), 1024);
+        let huge = absent.regions[0].huge.as_ref().unwrap();
+        let small: Vec<_> = (0..4).map(|number| huge.small.contains(number)).collect();
+        assert_eq!(small, [false, true, false, false]);
+        assert_eq!(absent.place(RAM, 0, &all).unwrap(), 256, "the rest of the second one");
+        let block = absent.ram().block(RAM);
+        assert_eq!(block.load_u64(4096).unwrap(), 0x0101_0101_0101_0101);
+        assert_eq!(block.load_u64(3 * HUGE).unwrap(), 0);
+        let ram = absent.ram().clone();
+        absent.finish().unwrap();
+        assert!(!ram.block(RAM).is_zero(crate::TargetPage(1023)));
+        assert!(ram.block(RAM).is_zero(crate::TargetPage(1024)));
+    }
+
+    #[test]
+    fn the_kernels_limit_of_mappings_is_the_measure() {
+        let text = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+        let max: u64 = text.trim().parse().unwrap();
+        let all = max / 2 / MAPPINGS_EACH;
+        assert!(!Restoring::new().may_map(all + 1));
+        let restoring = Restoring::new();
+        assert!(restoring.may_map(all) && !restoring.may_map(1));
+        restoring.give_back();
+        assert!(restoring.may_map(1));
+        assert!(!Restoring { mappings: AtomicU64::new(1), ..restoring }.may_map(u64::MAX));
     }
 }

@@ -181,6 +181,13 @@ impl From<Span> for UffdioRange {
     }
 }
 
+impl Span {
+    /// Where `bytes` are.
+    pub(crate) fn of(bytes: &[u8]) -> Span {
+        Span { start: bytes.as_ptr().expose_provenance() as u64, len: bytes.len() as u64 }
+    }
+}
+
 /// From the device, whose file permissions say who may; else by the system call, which needs a
 /// privilege or a sysctl; else, where that is enough, by the same for faults of user space alone,
 /// which anybody may.

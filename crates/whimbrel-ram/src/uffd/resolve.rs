@@ -38,14 +38,13 @@ struct UffdioPages {
 pub(crate) type Progress = (u64, io::Result<()>);
 
 impl Userfaultfd {
-    /// Makes the pages at `to` present with the content of `bytes`, each at once. Stops with
+    /// Makes the pages at `to` present with the content of a range, each at once. Stops with
     /// `AlreadyExists` at one that is there.
-    pub(crate) fn copy(&self, to: u64, bytes: &[u8]) -> Progress {
-        let from = bytes.as_ptr().expose_provenance() as u64;
-        let len = bytes.len() as u64;
+    pub(crate) fn copy(&self, to: u64, from: Span) -> Progress {
+        let Span { start: from, len } = from;
         let mut copy = UffdioCopy { to, from, len, mode: 0, copied: 0 };
-        // SAFETY: `copy` is what this ioctl reads and writes. It reads `bytes`, and puts pages into
-        // a registered range, where no Rust reference can point: it is guest memory.
+        // SAFETY: `copy` is what this ioctl reads and writes. It reads from memory that is mapped,
+        // or fails, and puts pages into a registered range, where no Rust reference can point: it is guest memory.
         let result = check(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) });
         progress(result, len, copy.copied)
     }

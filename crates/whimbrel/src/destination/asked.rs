@@ -115,7 +115,7 @@ impl Asked {
         let request = Request { block: fault.block, start: fault.offset - fault.offset % unit };
         let page = TargetPage::containing(fault.offset);
         let mut table = self.lock();
-        table.blocktime.blocked(fault.thread, now);
+        table.blocktime.blocked(fault.thread, (fault.block, page), now);
         let new = !table.waiting.contains_key(&request);
         let waiting = table.waiting.entry(request).or_insert_with(|| Waiting {
             faults: Vec::new(),
@@ -205,7 +205,7 @@ impl Asked {
             if waiter.page != page {
                 return true;
             }
-            blocktime.woken(waiter.thread, now);
+            blocktime.woken(waiter.thread, (block, page), now);
             if let Some(read) = read {
                 let latency = now.saturating_duration_since(waiter.since);
                 all.record(latency);

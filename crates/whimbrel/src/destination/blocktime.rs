@@ -3,12 +3,18 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use whimbrel_ram::{BlockIndex, TargetPage};
+
 use crate::status::MigrationInfo;
+
+/// What a thread waits for.
+pub(super) type Page = (BlockIndex, TargetPage);
 
 /// What is kept of one thread.
 #[derive(Clone, Copy, Debug, Default)]
 struct Thread {
-    blocked_since: Option<Instant>,
+    /// What it waits for, and since when.
+    blocked: Option<(Page, Instant)>,
     time: Duration,
     faults: u64,
 }
@@ -41,16 +47,18 @@ impl Blocktime {
     }
 
     /// A thread waits for a page.
-    pub(super) fn blocked(&mut self, thread: u32, now: Instant) {
+    pub(super) fn blocked(&mut self, thread: u32, page: Page, now: Instant) {
         if !self.kept {
             return;
         }
-        let entry = self.threads.entry(thread).or_default();
-        // The kernel may tell of the same wait twice.
-        if entry.blocked_since.is_some() {
-            return;
+        match self.threads.entry(thread).or_default().blocked {
+            // The kernel may tell of the same wait twice.
+            Some((same, _)) if same == page => return,
+            // It was woken by the page before, of which we have not been told yet.
+            Some((before, _)) => self.woken(thread, before, now),
+            None => {}
         }
-        entry.blocked_since = Some(now);
+        self.threads.entry(thread).or_default().blocked = Some((page, now));
         if self.vcpus.contains(&thread) {
             self.blocked += 1;
             if self.blocked == self.vcpus.len() {
@@ -59,10 +67,12 @@ impl Blocktime {
         }
     }
 
-    /// Its page is there.
-    pub(super) fn woken(&mut self, thread: u32, now: Instant) {
+    /// The page that a thread waited for is there.
+    pub(super) fn woken(&mut self, thread: u32, page: Page, now: Instant) {
         let Some(entry) = self.threads.get_mut(&thread) else { return };
-        let Some(since) = entry.blocked_since.take() else { return };
+        let Some((_, since)) = entry.blocked.take_if(|(blocked, _)| *blocked == page) else {
+            return;
+        };
         entry.time += now.saturating_duration_since(since);
         entry.faults += 1;
         if self.vcpus.contains(&thread) {
@@ -103,18 +113,36 @@ mod tests {
         let at = |ms| start + Duration::from_millis(ms);
         let mut blocktime = Blocktime::new(true);
         blocktime.set_vcpus(vec![10, 11]);
-        blocktime.blocked(10, at(0));
-        blocktime.blocked(10, at(1)); // Told twice.
-        blocktime.blocked(99, at(2)); // No vCPU.
-        blocktime.blocked(11, at(5));
-        blocktime.woken(10, at(9));
-        blocktime.woken(11, at(20));
-        blocktime.woken(99, at(42));
+        let page = |number| (BlockIndex(0), TargetPage(number));
+        blocktime.blocked(10, page(1), at(0));
+        blocktime.blocked(10, page(1), at(1)); // Told twice.
+        blocktime.blocked(99, page(7), at(2)); // No vCPU.
+        blocktime.blocked(11, page(2), at(5));
+        blocktime.woken(10, page(1), at(9));
+        blocktime.woken(11, page(2), at(20));
+        blocktime.woken(99, page(7), at(42));
         let mut info = MigrationInfo::default();
         blocktime.tell(&mut info);
         assert_eq!(info.postcopy_blocktime, Some(4));
         assert_eq!(info.postcopy_vcpu_blocktime, Some(vec![9, 15]));
         assert_eq!(info.postcopy_vcpu_latency, Some(vec![9_000_000, 15_000_000]));
         assert_eq!(info.postcopy_non_vcpu_latency, Some(40_000_000));
+    }
+
+    #[test]
+    fn a_thread_that_waits_anew_before_we_know_that_it_was_woken_loses_nothing() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let page = |number| (BlockIndex(0), TargetPage(number));
+        let mut blocktime = Blocktime::new(true);
+        blocktime.set_vcpus(vec![10]);
+        blocktime.blocked(10, page(1), at(0));
+        blocktime.blocked(10, page(2), at(3));
+        blocktime.woken(10, page(1), at(4));
+        blocktime.woken(10, page(2), at(8));
+        let mut info = MigrationInfo::default();
+        blocktime.tell(&mut info);
+        assert_eq!(info.postcopy_blocktime, Some(8));
+        assert_eq!(info.postcopy_vcpu_latency, Some(vec![4_000_000]));
     }
 }

@@ -18,4 +18,5 @@ mod outbox;
 mod placing;
 mod populate;
 pub(crate) mod postcopy;
+mod restore;
 mod urgent;

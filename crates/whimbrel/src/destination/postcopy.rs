@@ -2,7 +2,7 @@
 //!
 //! `dest/main` goes on reading the main channel, `dest/urgent` the urgent one; `dest/fault` asks
 //! for what the guest touches; `dest/load` loads the devices and runs the guest, so that pages can
-//! come meanwhile. Whichever fails first breaks all connections, and its reason is the one told.
+//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all connections, and its reason is the one told.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,6 +23,7 @@ use super::fault::Asking;
 use super::incoming::{Devices, Host};
 use super::input::Input;
 use super::outbox::Outbox;
+use super::restore;
 use super::urgent::{self, Urgent};
 use crate::channel::Listener;
 use crate::error::Error;
@@ -35,6 +36,9 @@ const RUN: usize = 5;
 
 /// How long nothing may arrive, when the source has sent everything and pages are still missing.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// How long RUN, which may be on its way, is waited for when another channel has failed.
+const RUN_MAY_COME: Duration = Duration::from_secs(1);
 
 /// How long devices whose guest was given to us may take to load when pages come no more.
 const LOADING: Duration = Duration::from_secs(5);
@@ -118,6 +122,16 @@ impl<'a> Shared<'a> {
 
     /// Takes note of an error, and ends all others.
     fn check<T>(&self, result: Result<T, Error>) -> Option<T> {
+        let checked = self.check_beside(result);
+        if checked.is_none() && !self.over.load(Ordering::SeqCst) {
+            self.links.break_now();
+        }
+        checked
+    }
+
+    /// The same of a thread beside the main channel, and the devices: as long as RUN has not come
+    /// it may be on its way, and then it must be heard. So `dest/main` ends by itself.
+    fn check_beside<T>(&self, result: Result<T, Error>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(_) if self.over.load(Ordering::SeqCst) => None,
@@ -126,7 +140,9 @@ impl<'a> Shared<'a> {
                 reason.get_or_insert(error);
                 drop(reason);
                 self.stop.set();
-                self.links.break_now();
+                if self.run.is_set() {
+                    self.links.break_now();
+                }
                 None
             }
         }
@@ -245,13 +261,19 @@ fn receive(
     };
     thread::scope(|scope| {
         let run = || {
-            let asking = scoped(scope, Role::DestinationFault, || shared.check(asking.run()))
-                .map_err(spawning())?;
+            let asking =
+                scoped(scope, Role::DestinationFault, || shared.check_beside(asking.run()))
+                    .map_err(spawning())?;
             if let Some(listener) = terms.urgent {
                 let arriving = &arriving;
-                let body =
-                    move || shared.check(take_urgent(listener, announced, arriving, &shared.stop));
+                let body = move || {
+                    shared.check_beside(take_urgent(listener, announced, arriving, &shared.stop))
+                };
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
+            }
+            if restore::is_of_use(absent) {
+                let body = || shared.check_beside(restore::run(absent, &shared.stop));
+                scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
             }
             let body = move || {
                 let done = shared.check(load(devices, &pings, host, asked, shared));
@@ -259,8 +281,11 @@ fn receive(
                 done
             };
             let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;
-            take_run(input)?;
+            take_run(input, &links, shared)?;
             shared.run.set();
+            if shared.stop.is_set() {
+                return Err(Error::Cancelled); // Somebody has told why.
+            }
             take_pages(input, &arriving, &shared.outbox)?;
             wait_for_all(&arriving, &links, terms.urgent.is_some())?;
             if !matches!(loading.join(), Ok(Some(()))) {
@@ -317,8 +342,8 @@ fn load(
     for ping in pings {
         shared.outbox.push(&ReturnMessage::Pong(*ping))?;
     }
-    let woken = shared
-        .stop
+    let links = shared.links.current();
+    let woken = links
         .wait(shared.run.as_fd(), PollFlags::IN, None)
         .map_err(Error::system("waiting for RUN"))?;
     // When RUN has come the guest is ours alone, whatever has become of the connection since.
@@ -345,8 +370,30 @@ fn give_up(absent: &AbsentRam, shared: &Shared<'_>) {
 }
 
 /// The last command of the package: from here on the guest is ours.
-fn take_run(input: &mut Input) -> Result<(), Error> {
+fn take_run(input: &mut Input, links: &Cancel, shared: &Shared<'_>) -> Result<(), Error> {
     let at = input.decoder().offset();
+    let mut until: Option<Instant> = None;
+    // The end of the stream is told below.
+    input.hold(RUN, |main| {
+        if until.is_none() {
+            let woken = links.wait_any(&[main, shared.stop.as_fd()], Duration::MAX);
+            let woken = woken.map_err(Error::system("waiting for RUN"))?;
+            if woken == Woken::Cancelled {
+                return Err(Error::Cancelled);
+            }
+            if !shared.stop.is_set() {
+                return Ok(());
+            }
+        }
+        // It has failed elsewhere.
+        let left = until.get_or_insert_with(|| Instant::now() + RUN_MAY_COME);
+        let left = left.saturating_duration_since(Instant::now());
+        match links.wait(main, PollFlags::IN, Some(left)) {
+            Ok(Woken::Ready) => Ok(()),
+            Ok(Woken::Cancelled | Woken::TimedOut) => Err(Error::Cancelled),
+            Err(error) => Err(Error::system("waiting for RUN")(error)),
+        }
+    })?;
     let mut run = Vec::with_capacity(RUN);
     Command::PostcopyRun.encode(&mut run);
     match input.take_many(RUN, "RUN, the end of the package")? {
@@ -422,10 +469,10 @@ fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Re
 const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
 
 /// The source has sent everything: what is still on its way on the urgent channel comes soon.
-fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, urgent: bool) -> Result<(), Error> {
+fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, beside_urgent: bool) -> Result<(), Error> {
     let mut missing = arriving.absent.received().missing();
     // Without another channel there is nothing to wait for.
-    let patience = if urgent { SILENCE } else { Duration::ZERO };
+    let patience = if beside_urgent { SILENCE } else { Duration::ZERO };
     loop {
         let woken = links
             .wait(arriving.complete().as_fd(), PollFlags::IN, Some(patience))
@@ -436,8 +483,16 @@ fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, urgent: bool) -> Result
             Woken::Cancelled => return Err(Error::Cancelled),
             Woken::TimedOut if left < missing => missing = left,
             Woken::TimedOut => {
+                let elsewhere = match beside_urgent {
+                    true => "",
+                    false => {
+                        "; a source with capability postcopy-preempt on sends some on a second \
+                         connection, which is not waited for here: set the same on both sides"
+                    }
+                };
                 return Err(Error::Refused(format!(
-                    "main channel: the source has sent everything, and {left} pages never came"
+                    "main channel: the source has sent everything, and {left} pages never came\
+                     {elsewhere}"
                 )));
             }
         }

@@ -1,6 +1,8 @@
 //! Sending a kept VM by postcopy: its guest runs at the destination at once, on RAM that is still
 //! in the file.
 
+use std::time::Duration;
+
 use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE, TargetPage};
 
@@ -13,6 +15,9 @@ use crate::settings::Parameters;
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
 use crate::source::setup::PINGS_AT_SETUP;
 use crate::status::MigrationStatus;
+
+/// How long a destination may take for its first answer, which costs it nothing.
+const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// How a kept VM goes by postcopy.
 #[derive(Clone, Debug, Default)]
@@ -63,7 +68,14 @@ pub(super) fn send(
         // A QEMU up to 7.2 waits for this connection before it reads anything.
         let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
         let answers = stream.answers.as_mut().expect("the channel is two-way");
-        answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
+        if !answers.pongs_within(stream.out.channel(), PINGS_AT_SETUP, ANSWER_MAX)? {
+            return Err(Error::Refused(format!(
+                "{address}: the destination has not answered within {} s: a QEMU of version 7 with \
+                 capability postcopy-preempt on waits for a second connection before it does: set \
+                 the same on both sides",
+                ANSWER_MAX.as_secs()
+            )));
+        }
         let agreed = answers.agreed();
         let urgent = match early {
             None if how.preempt => Some(open()?),
@@ -85,6 +97,7 @@ pub(super) fn send(
         cancel: &restoring.cancel,
         links: &restoring.links,
         content: Some(content(vm)),
+        hot: None,
         urgent_ends_with_mark: ends_with_mark,
     };
     postcopy.run(&map, stream, urgent, vm.devices.sections.clone(), &mut Kept(restoring))

@@ -11,7 +11,7 @@ use super::{KeptVm, Progress, Stop, report};
 use crate::address::Address;
 use crate::channel::{self, Channel};
 use crate::error::Error;
-use crate::report::{Report, add, set};
+use crate::report::{Report, add, get, set};
 use crate::source::handover;
 use crate::source::postcopy::Failed;
 use crate::source::setup::{Announcement, RAM_SECTION, Stream};
@@ -66,7 +66,15 @@ impl Restoring {
         match by_postcopy::send(vm, address, how, &self) {
             Ok(()) => self.ended(Ok(()), MigrationStatus::Failed),
             Err(Failed::Before(error)) => self.ended(Err(error), MigrationStatus::Failed),
-            Err(Failed::After(error)) => self.ended(Err(error), MigrationStatus::PostcopyPaused),
+            Err(Failed::After(error)) => {
+                let missing = get(&self.progress.0.counters.remaining);
+                let error = Error::Refused(format!(
+                    "{error}; the guest had been handed over to {address}, and {missing} bytes of \
+                     its RAM had not been sent: end it there and restore it anew, for what was \
+                     kept is as it was"
+                ));
+                self.ended(Err(error), MigrationStatus::PostcopyPaused)
+            }
         }
     }
 

@@ -90,7 +90,7 @@ mod tests {
         for count in [1, 2, 3, 100, 1024, 1025] {
             let order = |seed| {
                 let mut next = permutation(count, seed);
-                (0..count).map(|step| next(step)).collect::<Vec<_>>()
+                (0..count).map(&mut next).collect::<Vec<_>>()
             };
             let mut sorted = order(7);
             sorted.sort_unstable();
@@ -98,7 +98,7 @@ mod tests {
             assert_eq!(order(7), order(7));
         }
         let mut next = permutation(1 << 16, 1);
-        let order: Vec<u64> = (0..1000).map(|step| next(step)).collect();
+        let order: Vec<u64> = (0..1000).map(&mut next).collect();
         let near = order.windows(2).filter(|w| w[0].abs_diff(w[1]) < 64).count();
         assert!(near < 20, "{near} of 1000 are near the one before");
     }

@@ -106,7 +106,8 @@ impl Convergence {
     }
 }
 
-fn per_second(count: u64, time: Duration) -> u64 {
+/// How many a second that is.
+pub(super) fn per_second(count: u64, time: Duration) -> u64 {
     let micros = time.as_micros().max(1);
     u64::try_from(u128::from(count) * 1_000_000 / micros).unwrap_or(u64::MAX)
 }

@@ -5,12 +5,14 @@
 
 mod downtime;
 mod pace;
+mod rate;
 mod share;
 mod throttle;
 mod window;
 
 pub(crate) use downtime::{Convergence, Next};
 pub(crate) use pace::Pace;
+pub(crate) use rate::Rate;
 pub(crate) use share::Share;
 pub(crate) use throttle::Throttle;
 pub(crate) use window::{Outflow, Window};

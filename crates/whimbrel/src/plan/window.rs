@@ -13,15 +13,15 @@ use std::time::Duration;
 
 use crate::channel::link::{Facts, Flow};
 
-/// The queue that a probe may build, as time.
-const PROBE_QUEUE: Duration = Duration::from_micros(120);
+/// The queue that the window leaves room for while somebody waits, as time. It also is how late the
+/// thread that refills it may come.
+const QUEUE: Duration = Duration::from_micros(120);
 
-/// The window beside a rate, as time: a bound for the queue where the rate is wrong, and enough for
-/// the thread that fills it to come late.
-const PACED_QUEUE: Duration = Duration::from_micros(250);
+/// The same beside a rate, where the window is only a bound for what is wrong with the rate.
+const PACED_QUEUE: Duration = Duration::from_micros(180);
 
-/// A round trip longer than the shortest by this shows a queue, which a rate must not leave.
-const QUEUE_SEEN: Duration = Duration::from_micros(125);
+/// A round trip longer than the shortest by this shows a queue, which a rate should not leave.
+const QUEUE_SEEN: Duration = Duration::from_micros(110);
 
 /// The queue that may build while nobody waits.
 const IDLE_QUEUE: Duration = Duration::from_millis(4);
@@ -31,7 +31,7 @@ const SHARE: u64 = 965;
 
 /// What it takes at the least, if a queue shows nevertheless: what looks like a queue may as well be
 /// a processor that is busy.
-const SHARE_LEAST: u64 = 900;
+const SHARE_LEAST: u64 = 925;
 
 /// Nobody waits when nobody has asked for so long.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -63,6 +63,7 @@ const CORRECTION_MOST: u64 = 1300;
 const PIECE: Duration = Duration::from_micros(70);
 const PIECE_LEAST: usize = 8 << 10;
 const PIECE_MOST: usize = 64 << 10;
+const IDLE_PIECE_MOST: usize = 1 << 20;
 
 /// What to do until [`Window::next`] is asked again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,12 +80,12 @@ pub(crate) struct Outflow {
 enum Phase {
     /// Nothing is known: the window grows with the rate until the rate no longer follows.
     Startup { stalls: u32 },
-    /// Nobody waits: a wide window. `shortest` is the shortest round trip seen.
-    Idle { shortest: Duration },
+    /// Nobody waits: a wide window.
+    Idle,
     /// Held by a short window, to see what the link can carry, which counts from `from`.
     Probe { from: Duration },
-    /// Held by a rate.
-    Paced { target: u64, shortest: Duration, starved: bool },
+    /// Held by a rate; a queue showed at `queued` of the `looks`.
+    Paced { target: u64, looks: u32, queued: u32 },
     /// Holding back was of no use: others fill the queue.
     Released,
 }
@@ -99,11 +100,15 @@ pub(crate) struct Window {
     mark: Option<(Duration, u64)>,
     /// Rates measured, with their times.
     rates: VecDeque<(Duration, u64)>,
+    /// The highest rate ever measured.
+    peak: u64,
     /// Thousandths of the rate that is meant that have to be set for it to be reached: the kernel
     /// sends a little late.
     correction: u64,
     /// When the rate was adjusted.
     adjusted: Duration,
+    /// The shortest round trip seen since a time.
+    shortest: (Duration, Duration),
 }
 
 impl Window {
@@ -113,8 +118,10 @@ impl Window {
             until: Duration::ZERO,
             mark: None,
             rates: VecDeque::new(),
+            peak: 0,
             correction: 1000,
             adjusted: Duration::ZERO,
+            shortest: (Duration::ZERO, Duration::MAX),
         }
     }
 
@@ -135,17 +142,17 @@ impl Window {
         let awaited = waited.is_some_and(|waited| waited < PATIENCE);
         match self.phase {
             Phase::Startup { stalls } => self.startup(now, facts, stalls, awaited),
-            Phase::Idle { .. } if awaited => self.pace(now, facts),
-            Phase::Idle { shortest } => self.idle_on(now, facts, shortest.min(facts.rtt)),
+            Phase::Idle if awaited => self.held(now, facts),
+            Phase::Idle => self.idle_on(now, facts),
             Phase::Probe { .. } | Phase::Paced { .. } if !awaited => self.idle(now, facts),
             Phase::Probe { from } => self.probe_on(now, facts, from),
-            Phase::Paced { target, shortest, starved } => {
-                // A socket that ran empty: there was nothing to send, or we came late.
-                let starved = starved || facts.outstanding == 0;
-                self.pace_on(now, facts, target, shortest.min(facts.rtt), starved);
+            Phase::Paced { .. } if now < self.until => self.adjust(now, facts),
+            Phase::Paced { target, looks, queued } => {
+                self.settle(now, facts, target, looks > 2 * queued);
             }
             Phase::Released => self.released_on(now, facts, awaited),
         }
+        self.give_up_in_vain(now, facts);
         self.outflow(facts)
     }
 
@@ -157,29 +164,27 @@ impl Window {
         let stalls = if rate > best + best / 4 { 0 } else { stalls + 1 };
         match (stalls < STALLS, awaited) {
             (true, _) => self.phase = Phase::Startup { stalls },
-            (false, true) => self.pace(now, facts),
+            (false, true) => self.held(now, facts),
             (false, false) => self.idle(now, facts),
         }
     }
 
     fn idle(&mut self, now: Duration, facts: &Facts) {
-        self.phase = Phase::Idle { shortest: Duration::MAX };
-        self.until = now + PACED_PROBES * probe_time(facts);
+        self.phase = Phase::Idle;
         self.mark = Some((now, facts.acked));
+        self.shortest = (now, Duration::MAX);
     }
 
-    fn idle_on(&mut self, now: Duration, facts: &Facts, shortest: Duration) {
-        self.phase = Phase::Idle { shortest };
+    fn idle_on(&mut self, now: Duration, facts: &Facts) {
         if let Some(rate) = self.measured(now, facts, probe_time(facts)) {
             self.learn(now, rate);
         }
-        if now >= self.until {
-            if self.in_vain(shortest, facts, IDLE_QUEUE) {
-                self.release(now, facts);
-            } else {
-                self.idle(now, facts);
-            }
-        }
+    }
+
+    /// Somebody waits from now on.
+    fn held(&mut self, now: Duration, facts: &Facts) {
+        self.shortest = (now, Duration::MAX);
+        self.pace(now, facts);
     }
 
     fn probe(&mut self, now: Duration, facts: &Facts) {
@@ -208,51 +213,46 @@ impl Window {
 
     fn pace(&mut self, now: Duration, facts: &Facts) {
         let target = share(self.link_rate(), SHARE);
-        self.phase = Phase::Paced { target, shortest: Duration::MAX, starved: false };
+        self.phase = Phase::Paced { target, looks: 0, queued: 0 };
         self.until = now + (PACED_PROBES * probe_time(facts)).min(PACED_MOST);
         self.mark = Some((now, facts.acked));
     }
 
-    fn pace_on(
-        &mut self,
-        now: Duration,
-        facts: &Facts,
-        target: u64,
-        shortest: Duration,
-        starved: bool,
-    ) {
-        self.phase = Phase::Paced { target, shortest, starved };
-        if now < self.until {
-            return self.adjust(now, facts);
+    /// Gives way a little where a queue shows, and takes it back where none does.
+    fn adjust(&mut self, now: Duration, facts: &Facts) {
+        let (least, most) = (share(self.link_rate(), SHARE_LEAST), share(self.link_rate(), SHARE));
+        let due = now >= self.adjusted + (PROBE / 4).max(2 * facts.rtt);
+        let Phase::Paced { target, looks, queued } = &mut self.phase else { return };
+        if !due {
+            return;
         }
-        if self.in_vain(shortest, facts, PACED_QUEUE) {
-            return self.release(now, facts);
+        self.adjusted = now;
+        *looks += 1;
+        if facts.rtt <= facts.min_rtt + facts.min_rtt / 4 + QUEUE_SEEN {
+            *target = share(*target, 1010).min(most);
+            return;
         }
-        let most = share(self.link_rate(), SHARE);
+        *queued += 1;
+        if *target > least {
+            *target = share(*target, 980).max(least);
+        } else {
+            // What is known of the link is wrong, or what shows is no queue but a busy processor:
+            // then a rate does no good, and a window is enough.
+            self.probe(now, facts);
+        }
+    }
+
+    /// Learns from a paced phase that went to its end; `even` if it left the queue empty.
+    fn settle(&mut self, now: Duration, facts: &Facts, target: u64, even: bool) {
         let reached = self.measured(now, facts, Duration::ZERO).unwrap_or(0);
-        let queued = shortest.saturating_sub(facts.min_rtt) > PACED_QUEUE / 4;
-        if reached > 0 && !starved && !queued && target == most {
+        if reached > 0 && even {
             let needed = u128::from(self.correction) * u128::from(target) / u128::from(reached);
-            self.correction =
-                u64::try_from(needed).unwrap_or(u64::MAX).clamp(1000, CORRECTION_MOST);
+            let needed = u64::try_from(needed).unwrap_or(u64::MAX);
+            self.correction = needed.clamp(1000, CORRECTION_MOST);
         } else {
             self.correction -= (self.correction - 1000) / 4;
         }
         self.probe(now, facts);
-    }
-
-    /// Gives way a little where a queue shows, and takes it back where none does.
-    fn adjust(&mut self, now: Duration, facts: &Facts) {
-        if now < self.adjusted + (PROBE / 4).max(2 * facts.rtt) {
-            return;
-        }
-        self.adjusted = now;
-        let (least, most) = (share(self.link_rate(), SHARE_LEAST), share(self.link_rate(), SHARE));
-        let seen = facts.rtt > facts.min_rtt + facts.min_rtt / 4 + QUEUE_SEEN;
-        if let Phase::Paced { target, .. } = &mut self.phase {
-            let wanted = if seen { share(*target, 980) } else { share(*target, 1005) };
-            *target = wanted.clamp(least, most);
-        }
     }
 
     fn release(&mut self, now: Duration, facts: &Facts) {
@@ -266,15 +266,31 @@ impl Window {
             self.learn(now, rate);
         }
         if now >= self.until {
-            if awaited { self.pace(now, facts) } else { self.idle(now, facts) }
+            if awaited { self.held(now, facts) } else { self.idle(now, facts) }
         }
     }
 
-    /// Whether the queue was never as short as our window must have made it, if it were ours.
-    fn in_vain(&self, shortest: Duration, facts: &Facts, queue: Duration) -> bool {
+    /// Holds nothing back for a while if the queue was never as short as our window must have made
+    /// it, were it ours.
+    fn give_up_in_vain(&mut self, now: Duration, facts: &Facts) {
         const SLACK: Duration = Duration::from_millis(2);
-        let ours = time(self.window(facts, queue), self.link_rate()).max(queue);
-        shortest != Duration::MAX && shortest > facts.min_rtt + facts.min_rtt / 4 + 3 * ours + SLACK
+        let queue = match self.phase {
+            Phase::Startup { .. } | Phase::Released => return,
+            Phase::Idle => IDLE_QUEUE,
+            Phase::Probe { .. } | Phase::Paced { .. } => PACED_QUEUE,
+        };
+        let (since, shortest) = self.shortest;
+        let shortest = shortest.min(facts.rtt);
+        self.shortest = (since, shortest);
+        if now < since + PACED_PROBES * probe_time(facts) {
+            return;
+        }
+        self.shortest = (now, Duration::MAX);
+        // By the best rate, since a rate that is low now may be so because others fill the queue.
+        let ours = time(self.window(facts, queue), self.peak).max(queue);
+        if shortest > facts.min_rtt + facts.min_rtt / 4 + 3 * ours + SLACK {
+            self.release(now, facts);
+        }
     }
 
     /// The rate since the mark, and a new mark, if `least` has gone by.
@@ -294,6 +310,7 @@ impl Window {
 
     fn learn(&mut self, now: Duration, rate: u64) {
         self.rates.push_back((now, rate));
+        self.peak = self.peak.max(rate);
         while self.rates.len() > 1 && self.rates[0].0 + MEMORY < now {
             self.rates.pop_front();
         }
@@ -304,19 +321,20 @@ impl Window {
         let piece = page_multiple(bytes(rate, PIECE)).clamp(PIECE_LEAST, PIECE_MOST);
         let (window, paced, piece) = match self.phase {
             Phase::Startup { .. } => {
-                let window = self.window(facts, PROBE_QUEUE).saturating_mul(5) / 2;
+                let window = self.window(facts, QUEUE).saturating_mul(5) / 2;
                 (Some(window.clamp(WINDOW_FIRST, WINDOW_MOST)), None, piece)
             }
-            Phase::Idle { .. } => {
+            Phase::Idle => {
                 let window = self.window(facts, IDLE_QUEUE).max(IDLE_LEAST);
-                (Some(window), None, PIECE_MOST)
+                let piece = page_multiple(window / 4).clamp(PIECE_MOST, IDLE_PIECE_MOST);
+                (Some(window), None, piece)
             }
-            Phase::Probe { .. } => (Some(self.window(facts, PROBE_QUEUE)), None, piece),
+            Phase::Probe { .. } => (Some(self.window(facts, QUEUE)), None, piece),
             Phase::Paced { target, .. } => {
                 let paced = share(target, self.correction).max(RATE_LEAST);
                 (Some(self.window(facts, PACED_QUEUE).max(2 * piece as u64)), Some(paced), piece)
             }
-            Phase::Released => (None, None, PIECE_MOST),
+            Phase::Released => (None, None, IDLE_PIECE_MOST),
         };
         let again = (PROBE / 4).max(facts.rtt / 2).min(PROBE * 4);
         Outflow { flow: Flow { window, rate: paced }, piece, again }

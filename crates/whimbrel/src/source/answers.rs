@@ -87,6 +87,23 @@ impl Answers {
         Ok(())
     }
 
+    /// The same for `time` at most; says whether they were answered.
+    pub(crate) fn pongs_within(
+        &mut self,
+        channel: &mut Channel,
+        count: u64,
+        time: Duration,
+    ) -> Result<bool, Error> {
+        let deadline = Instant::now() + time;
+        while self.pongs < count {
+            match self.next(channel, deadline)? {
+                Some(answer) => self.only_pong(answer)?,
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits for the answer to the PING of `value`.
     pub(crate) fn wait_for_pong(&mut self, channel: &mut Channel, value: u32) -> Result<(), Error> {
         loop {

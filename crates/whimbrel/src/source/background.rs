@@ -11,6 +11,7 @@ use std::time::Duration;
 use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 
+use super::hot::Hot;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -18,7 +19,7 @@ use super::setup::RAM_SECTION;
 use super::wanted::Wanted;
 use crate::channel::link::{self, Class, Flow};
 use crate::error::Error;
-use crate::plan::{Outflow, Pace, Share, Window};
+use crate::plan::{Outflow, Pace, Rate, Share, Window};
 use crate::report::{Report, add, get, set};
 use crate::settings::Parameters;
 
@@ -41,6 +42,10 @@ pub(super) struct Background<'a> {
     pub(super) wanted: &'a Wanted,
     pub(super) said: &'a Said,
     pub(super) held: Held,
+    /// What goes before the rest.
+    pub(super) hot: Option<Hot>,
+    /// How fast it all goes, for the report.
+    pub(super) rate: Rate,
 }
 
 /// How the main channel is held to leave the link's queue to urgent pages.
@@ -97,10 +102,11 @@ impl Background<'_> {
                 return Err(Error::PeerGone);
             }
             let before = out.bytes();
-            let asked = self.take_asked(out)?;
+            // Also all the rest of a host page that somebody waits for: no pace is kept with it.
+            let asked = self.take_asked(out)? || self.pages.is_waited_for();
             pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
             let wait = pace.wait(now());
-            if !asked && !self.pages.is_waited_for() {
+            if !asked {
                 if self.map.pending() == 0 && !self.pages.has_begun_one() {
                     break;
                 }
@@ -163,6 +169,13 @@ impl Background<'_> {
         }
         if let Some((block, page)) = self.wanted.take_hint() {
             self.sweep.go_on_from(block, page);
+            if let Some(hot) = &mut self.hot {
+                hot.go_on_from(block, page);
+            }
+        }
+        self.gather_hot(out)?;
+        if out.gathered() > 0 {
+            return Ok(());
         }
         let batch = u32::try_from(piece / TARGET_PAGE.bytes()).unwrap_or(u32::MAX);
         self.sweep.set_batch(batch.clamp(1, u64::BITS));
@@ -170,12 +183,33 @@ impl Background<'_> {
         Ok(())
     }
 
-    fn tell(&self, out: &Out, bytes: u64) {
+    /// A piece of what goes before the rest, if there is any near.
+    fn gather_hot(&mut self, out: &mut Out) -> Result<(), Error> {
+        let Some(hot) = &mut self.hot else { return Ok(()) };
+        let piece = self.held.piece;
+        while out.gathered() < piece && !out.is_full() && !self.pages.has_begun_one() {
+            let Some(page) = hot.next(self.map) else { break };
+            if let Asked::Claimed(claim) = self.map.claim(page) {
+                self.pages.gather_claim(claim, out, piece)?;
+            }
+        }
+        if hot.is_over() {
+            self.hot = None;
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, out: &Out, bytes: u64) {
         let counters = &self.report.counters;
         let urgent = self.wanted.urgent_bytes();
         add(&counters.background_bytes, bytes);
-        set(&counters.postcopy_bytes, get(&counters.background_bytes) + urgent);
+        let sent = get(&counters.background_bytes) + urgent;
+        set(&counters.postcopy_bytes, sent);
         set(&counters.transferred, out.bytes() + urgent);
         set(&counters.remaining, self.map.pending() * TARGET_PAGE.bytes() as u64);
+        if let Some(rate) = self.rate.sent(sent, self.report.started().elapsed()) {
+            set(&counters.bytes_per_second, rate);
+            set(&counters.pages_per_second, rate / TARGET_PAGE.bytes() as u64);
+        }
     }
 }

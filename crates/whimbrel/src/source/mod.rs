@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
+mod hot;
 pub(crate) mod out;
 mod pages;
 pub(crate) mod postcopy;
@@ -109,7 +110,7 @@ pub(crate) fn run(job: &Job) {
         Ok(()) => job.set_status(MigrationStatus::Completed),
         Err(Failed::Before(error)) => undo::undo(job, held, error),
         Err(Failed::After(error)) => {
-            job.report.set_error(error.to_string());
+            job.report.set_error(error.text_of_pause());
             job.set_status(MigrationStatus::PostcopyPaused);
             // What is left of the guest's RAM is kept here, in the VM.
             job.links.wait_for_end();
@@ -189,14 +190,14 @@ fn guest_first(
             false => None,
         };
         switchover::stop(job, held)?;
-        log.take_into(&map)?;
+        let hot = log.take_bits_into(&map)?;
         add(&job.report.counters.dirty_sync_count, 1);
         let sections = switchover::device_sections(job, held)?;
         // Whatever it said while the guest was being stopped, it said in time.
         stream.check_answers()?;
-        Ok((agreed, urgent, sections))
+        Ok((agreed, urgent, sections, hot))
     };
-    let (agreed, urgent, sections) = prepare().map_err(Failed::Before)?;
+    let (agreed, urgent, sections, hot) = prepare().map_err(Failed::Before)?;
     let map = postcopy::map_for(agreed, ram, map);
     let postcopy = Postcopy {
         ram,
@@ -205,6 +206,7 @@ fn guest_first(
         cancel: &job.cancel,
         links: &job.links,
         content: None,
+        hot: Some(hot),
         urgent_ends_with_mark: false,
     };
     let mut away = Away { job, held, before: None };

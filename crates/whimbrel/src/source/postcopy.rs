@@ -21,6 +21,7 @@ use whimbrel_wire::{
 
 use super::answers::Answers;
 use super::background::{Background, Held};
+use super::hot::Hot;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -31,6 +32,7 @@ use crate::address::Address;
 use crate::channel::{self, Channel, link};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::plan::Rate;
 use crate::report::{Report, add, set};
 use crate::settings::Parameters;
 use crate::worker::{Cancel, Links, Role, scoped};
@@ -73,6 +75,8 @@ pub(crate) struct Postcopy<'a> {
     pub(crate) links: &'a Links,
     /// Pages that may hold something else than zeros; `None` to ask the kernel.
     pub(crate) content: Option<DirtyBits>,
+    /// Pages that the guest wrote last, where that is known.
+    pub(crate) hot: Option<DirtyBits>,
     /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
     pub(crate) urgent_ends_with_mark: bool,
 }
@@ -280,6 +284,8 @@ impl<'a> Postcopy<'a> {
             wanted,
             said,
             held: Held::new(beside_urgent, &mut stream.out),
+            rate: Rate::default(),
+            hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
         background.run(&mut stream.out)?;
         all_sent.store(true, Ordering::Release);

@@ -32,14 +32,18 @@ impl<'v> Logging<'v> {
 
     /// Takes the dirty pages onto the map; gives how many there were.
     pub(super) fn take_into(&self, map: &PageMap) -> Result<u64, Error> {
+        self.take_bits_into(map).map(|bits| bits.count())
+    }
+
+    /// The same; gives the dirty pages.
+    pub(super) fn take_bits_into(&self, map: &PageMap) -> Result<DirtyBits, Error> {
         let bits = self.log.take().map_err(Error::DirtyLog)?;
-        let dirtied = bits.count();
         map.mark(&bits);
         match &mut *self.taken.borrow_mut() {
             Some(taken) => taken.merge(&bits),
-            none => *none = Some(bits),
+            none => *none = Some(bits.clone()),
         }
-        Ok(dirtied)
+        Ok(bits)
     }
 
     /// Has the log watch the claim's pages again; must come before their content is read.

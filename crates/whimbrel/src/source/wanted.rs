@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn requests_are_served_in_their_order_and_once() {
         let wanted = Wanted::new();
-        [7, 3, 7, 9].map(|number| wanted.queue(page(number)));
+        [7, 3, 7, 9].into_iter().for_each(|number| wanted.queue(page(number)));
         let served: Vec<_> = std::iter::from_fn(|| wanted.next()).map(|page| page.number).collect();
         assert_eq!(served, [7, 3, 9]);
         wanted.queue(page(7));

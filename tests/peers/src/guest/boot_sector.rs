@@ -9,6 +9,7 @@
 //! put together, must read like one guest that never moved, to the very character.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
@@ -45,11 +46,20 @@ impl Guest for BootSector {
             fs::write(&image, disk).with_context(|| image.display().to_string())?;
         }
         let drive = format!("if=virtio,format=raw,readonly=on,file={}", image.display());
-        Ok(["-m", "32", "-drive", &drive].map(str::to_owned).to_vec())
+        Ok(["-drive", &drive].map(str::to_owned).to_vec())
+    }
+
+    fn mebibytes(&self) -> u32 {
+        32
     }
 
     fn settled_lines(&self) -> usize {
         10
+    }
+
+    fn written(&self) -> Option<Vec<Range<u32>>> {
+        // The stack, which ends where the code begins, and the counters.
+        Some(vec![0x7000..0x8000, COUNTERS_AT..COUNTERS_AT + COUNTER_PAGES * 4096])
     }
 
     fn check_continues(&self, before: &str, after: &str) -> Result<()> {

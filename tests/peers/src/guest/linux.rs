@@ -3,6 +3,7 @@
 //! randomness), and the checksum of 8 MiB it took from the kernel's random numbers at boot.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
@@ -68,7 +69,7 @@ impl Guest for Linux {
         }
         let (kernel, initrd) = (self.parts.kernel.display(), initrd.display());
         let line = "console=ttyS0 quiet panic=-1 rdinit=/init";
-        let mut arguments: Vec<String> = ["-m", "160", "-append", line].map(str::to_owned).to_vec();
+        let mut arguments: Vec<String> = ["-append", line].map(str::to_owned).to_vec();
         arguments.extend(["-kernel".to_owned(), kernel.to_string()]);
         arguments.extend(["-initrd".to_owned(), initrd.to_string()]);
         // More RAM blocks and more device state than the bare machine has.
@@ -76,8 +77,16 @@ impl Guest for Linux {
         Ok(arguments)
     }
 
+    fn mebibytes(&self) -> u32 {
+        160
+    }
+
     fn settled_lines(&self) -> usize {
         2
+    }
+
+    fn written(&self) -> Option<Vec<Range<u32>>> {
+        None
     }
 
     fn check_continues(&self, before: &str, after: &str) -> Result<()> {

@@ -1,5 +1,6 @@
 //! Guests that check themselves and say so on their serial port.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
@@ -15,15 +16,21 @@ use crate::console::{Report, reports};
 
 /// A guest: how QEMU starts it, and what must be true of what it says.
 pub trait Guest: std::fmt::Debug {
-    /// The arguments of QEMU that make this machine, the same on every side of a migration.
+    /// The arguments of QEMU that make this machine, but for its memory, the same on every side of a migration.
     /// Files it boots from are made in `folder`.
     ///
     /// # Errors
     /// A file cannot be written, or is not there.
     fn arguments(&self, folder: &Path) -> Result<Vec<String>>;
 
+    /// Its memory, in MiB.
+    fn mebibytes(&self) -> u32;
+
     /// How many lines the guest has said when it is well under way.
     fn settled_lines(&self) -> usize;
+
+    /// The addresses it writes when it is well under way; `None` where nobody can say.
+    fn written(&self) -> Option<Vec<Range<u32>>>;
 
     /// Checks what the guest said before and after a move.
     ///

@@ -21,16 +21,17 @@ pub(super) struct Faults {
 impl Faults {
     /// As whimbrel reports them.
     pub(super) fn of_report(report: &Value) -> Result<Self> {
+        let latency = &report["latency-us"];
         let figure = |name: &str| {
-            report[name].as_f64().with_context(|| format!("no {name} of faults in {report}"))
+            latency[name].as_f64().with_context(|| format!("no latency-us.{name} in {report}"))
         };
         Ok(Self {
             count: report["count"].as_u64().with_context(|| format!("no count in {report}"))?,
-            mean_us: figure("mean-us")?,
-            p50_us: figure("p50-us")?,
-            p90_us: figure("p90-us")?,
-            p99_us: figure("p99-us")?,
-            max_us: figure("max-us")?,
+            mean_us: figure("mean")?,
+            p50_us: figure("p50")?,
+            p90_us: figure("p90")?,
+            p99_us: figure("p99")?,
+            max_us: figure("max")?,
         })
     }
 }
@@ -45,7 +46,7 @@ pub(super) struct Figures {
     pub(super) downtime_ms: Option<f64>,
     pub(super) source_cpu_s: f64,
     pub(super) destination_cpu_s: f64,
-    /// What the destination itself says of its faults, where it does.
+    /// What the two sides themselves say of its faults, where they do.
     pub(super) own: Value,
 }
 
@@ -112,7 +113,7 @@ impl Row {
                 .iter()
                 .map(|metric| (metric.name.to_owned(), json!((metric.of)(run))))
                 .collect();
-            figures.insert("destination-says".into(), run.own.clone());
+            figures.insert("reported".into(), run.own.clone());
             Value::Object(figures)
         });
         object.insert("runs".into(), runs.collect());
@@ -220,11 +221,10 @@ mod tests {
 
     #[test]
     fn whimbrels_report_is_read_whole() {
-        let report = json!({
-            "count": 3, "mean-us": 1.5, "p50-us": 1, "p90-us": 2, "p99-us": 3, "max-us": 4
-        });
+        let latency = json!({ "mean": 1.5, "p50": 1, "p90": 2, "p99": 3, "max": 4 });
+        let report = json!({ "count": 3, "latency-us": latency });
         assert_eq!(Faults::of_report(&report).unwrap().mean_us, 1.5);
         let error = Faults::of_report(&json!({ "count": 3 })).unwrap_err().to_string();
-        assert!(error.contains("mean-us"), "{error}");
+        assert!(error.contains("latency-us.mean"), "{error}");
     }
 }

@@ -25,7 +25,8 @@ const CLOCK_APART: Duration = Duration::from_secs(1);
 pub(super) struct QemuGuest {
     qemu: Qemu,
     memory: Memory,
-    image: PathBuf,
+    /// Where its images are.
+    folder: PathBuf,
     /// Where QEMU puts pieces of guest memory.
     piece: PathBuf,
 }
@@ -39,11 +40,19 @@ pub(super) struct Settled {
 }
 
 impl QemuGuest {
-    /// Writes the guest's image into this folder.
+    /// Writes the guest's images into this folder.
     pub(super) fn new(qemu: Qemu, memory: Memory, writer: Writer, folder: &Path) -> Result<Self> {
-        let image = folder.join("writer.image");
-        fs::write(&image, writer.image()).with_context(|| image.display().to_string())?;
-        Ok(Self { qemu, memory, image, piece: folder.join("piece") })
+        let guest = Self { qemu, memory, folder: folder.to_owned(), piece: folder.join("piece") };
+        for pages in [Pages::Small, Pages::Huge] {
+            let image = guest.image(pages);
+            let written = fs::write(&image, writer.image(pages));
+            written.with_context(|| image.display().to_string())?;
+        }
+        Ok(guest)
+    }
+
+    fn image(&self, pages: Pages) -> PathBuf {
+        self.folder.join(format!("writer-{}", pages.name()))
     }
 
     /// A QEMU that boots it, or waits for it.
@@ -60,7 +69,7 @@ impl QemuGuest {
             .args(["-accel", "tcg", "-machine", "q35,memory-backend=ram", "-nodefaults"])
             .args(["-no-user-config", "-display", "none", "-m", &self.memory.argument()])
             .args(["-object", &backend, "-kernel"])
-            .arg(&self.image);
+            .arg(self.image(pages));
         if incoming {
             command.args(["-incoming", "defer"]);
         }

@@ -15,8 +15,10 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// How many pages of 2 MiB the kernel keeps for those who ask.
+/// The pages of 2 MiB that the kernel keeps for those who ask: all, unused, and unused but promised.
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+const HUGE_PAGES_FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+const HUGE_PAGES_PROMISED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/resv_hugepages";
 /// The congestion controls that a network namespace may be set to.
 const ALLOWED_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_allowed_congestion_control";
 
@@ -30,6 +32,9 @@ pub(super) enum Trace {
     Namespace(String),
     /// A folder of files.
     Folder(PathBuf),
+    /// So many huge pages more than there were. By how many, not from how many: others change the
+    /// number too.
+    HugePages(u32),
     /// A setting of the kernel's, and what it was before.
     Setting { path: PathBuf, before: String },
 }
@@ -39,6 +44,7 @@ impl fmt::Display for Trace {
         match self {
             Self::Namespace(name) => write!(formatter, "namespace {name}"),
             Self::Folder(path) => write!(formatter, "folder {}", path.display()),
+            Self::HugePages(more) => write!(formatter, "huge-pages {more}"),
             Self::Setting { path, before } => {
                 write!(formatter, "setting {} {before}", path.display())
             }
@@ -51,6 +57,7 @@ impl Trace {
         match line.split_once(' ') {
             Some(("namespace", name)) => Ok(Self::Namespace(name.to_owned())),
             Some(("folder", path)) => Ok(Self::Folder(path.into())),
+            Some(("huge-pages", more)) => Ok(Self::HugePages(more.parse()?)),
             Some(("setting", setting)) => {
                 let (path, before) = setting.split_once(' ').context("a setting has a value")?;
                 Ok(Self::Setting { path: path.into(), before: before.to_owned() })
@@ -65,6 +72,10 @@ impl Trace {
             // One that is gone was removed by its owner.
             Self::Folder(path) if !path.exists() => Ok(()),
             Self::Folder(path) => Ok(fs::remove_dir_all(path)?),
+            Self::HugePages(more) => {
+                let left = count(HUGE_PAGES)?.saturating_sub(*more);
+                Ok(fs::write(HUGE_PAGES, left.to_string())?)
+            }
             Self::Setting { path, before } => Ok(fs::write(path, before)?),
         }
     }
@@ -130,13 +141,25 @@ impl Janitor {
         writeln!(tell, "{trace}").context("the process that undoes everything is gone")
     }
 
-    /// Keeps so many huge pages more, until the end.
-    pub(super) fn keep_huge_pages(&mut self, more: u32) -> Result<()> {
-        let before: u32 = fs::read_to_string(HUGE_PAGES).context(HUGE_PAGES)?.trim().parse()?;
-        self.set(HUGE_PAGES, &before.to_string(), &(before + more).to_string())?;
-        let now: u32 = fs::read_to_string(HUGE_PAGES)?.trim().parse()?;
-        ensure!(now >= before + more, "the kernel keeps {now} huge pages, {more} more are needed");
-        Ok(())
+    /// Has the kernel keep more huge pages, until the end, if there are not so many to be had. Says
+    /// whether it had to: somebody else may change their number at any time.
+    pub(super) fn keep_huge_pages(&mut self, needed: u32) -> Result<bool> {
+        let lacking = || -> Result<u32> {
+            let free = count(HUGE_PAGES_FREE)?.saturating_sub(count(HUGE_PAGES_PROMISED)?);
+            Ok(needed.saturating_sub(free))
+        };
+        let more = lacking()?;
+        if more == 0 {
+            return Ok(false);
+        }
+        let all = count(HUGE_PAGES)? + more;
+        self.will_make(&Trace::HugePages(more))?;
+        fs::write(HUGE_PAGES, all.to_string())
+            .with_context(|| format!("{HUGE_PAGES} (this needs root)"))?;
+        let short = lacking()?;
+        let now = count(HUGE_PAGES)?;
+        ensure!(short == 0, "the kernel keeps {now} huge pages: {short} more are needed");
+        Ok(true)
     }
 
     /// Lets namespaces be set to this congestion control, until the end.
@@ -146,13 +169,18 @@ impl Janitor {
         if before.split_whitespace().any(|allowed| allowed == name) {
             return Ok(());
         }
-        self.set(ALLOWED_CONGESTION, before, &format!("{before} {name}"))
+        self.will_make(&Trace::Setting {
+            path: ALLOWED_CONGESTION.into(),
+            before: before.to_owned(),
+        })?;
+        fs::write(ALLOWED_CONGESTION, format!("{before} {name}"))
+            .with_context(|| format!("{ALLOWED_CONGESTION} (this needs root)"))
     }
+}
 
-    fn set(&mut self, path: &str, before: &str, now: &str) -> Result<()> {
-        self.will_make(&Trace::Setting { path: path.into(), before: before.to_owned() })?;
-        fs::write(path, now).with_context(|| format!("{path} (this needs root)"))
-    }
+fn count(path: &str) -> Result<u32> {
+    let text = fs::read_to_string(path).with_context(|| path.to_owned())?;
+    text.trim().parse().with_context(|| format!("{path}: {text:?}"))
 }
 
 impl Drop for Janitor {
@@ -172,6 +200,7 @@ mod tests {
         for trace in [
             Trace::Namespace("a-b".into()),
             Trace::Folder("/dev/shm/a b".into()),
+            Trace::HugePages(12),
             Trace::Setting { path: "/proc/sys/net/x".into(), before: "reno bbr".into() },
         ] {
             assert_eq!(Trace::parse(&trace.to_string()).unwrap(), trace);

@@ -17,6 +17,7 @@ use self::pair::{Link, Mode, Pages, Pair, Scenario};
 use self::stage::Stage;
 use self::writer::Writer;
 use super::contender::{Memory, Qemu, whimbrel};
+use super::host_memory;
 use super::sample::{keep, machine};
 use super::scratch::Scratch;
 use crate::workspace::Workspace;
@@ -94,10 +95,6 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         false => None,
     };
     janitor.allow_congestion(args.congestion.name())?;
-    if args.pages.contains(&Pages::Huge) {
-        // On both sides.
-        janitor.keep_huge_pages(u32::try_from(args.memory.bytes() >> 21)? * 2)?;
-    }
     let qemu =
         qemu.map(|qemu| QemuGuest::new(qemu, args.memory, writer, folder.path())).transpose()?;
     let stage = Stage {
@@ -121,7 +118,8 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         idle.insert(link.to_string(), round_trip);
         for (pages, mode) in both(&args.pages, &args.modes) {
             let scenario = Scenario { link: *link, pages, mode };
-            whole &= measure(&stage, &pairs, scenario, args.runs, &network, &mut rows);
+            whole &=
+                measure(&stage, &pairs, scenario, args.runs, (&network, &mut janitor), &mut rows);
         }
     }
     println!("{}", table(&rows));
@@ -165,7 +163,7 @@ fn measure(
     pairs: &[(Pair, String)],
     scenario: Scenario,
     runs: u32,
-    network: &Network,
+    (network, janitor): (&Network, &mut Janitor),
     rows: &mut Vec<Row>,
 ) -> bool {
     let mut ours: Vec<Row> = pairs
@@ -185,6 +183,9 @@ fn measure(
             order.reverse();
         }
         for ((pair, name), row) in order {
+            if let Err(error) = make_room(stage, scenario.pages, janitor) {
+                println!("memory is as it comes: {error:#}");
+            }
             match stage.run(*pair, scenario, network) {
                 Ok(figures) => {
                     eprintln!("{scenario} {run}/{runs}: {name}: {}", line(&figures));
@@ -199,4 +200,14 @@ fn measure(
     }
     rows.append(&mut ours);
     whole
+}
+
+/// Memory for both sides, and none of it a run's to fetch from the host below.
+fn make_room(stage: &Stage<'_>, pages: Pages, janitor: &mut Janitor) -> Result<()> {
+    let both_sides = stage.memory.bytes() * 2;
+    if pages == Pages::Huge && janitor.keep_huge_pages(u32::try_from(both_sides >> 21)?)? {
+        host_memory::take_huge(both_sides)?;
+    }
+    // Huge folios for the one and single pages for the other, as a VMM and a postcopy take them.
+    host_memory::take(both_sides)
 }

@@ -57,6 +57,14 @@ impl Pages {
             Self::Huge => "2M",
         }
     }
+
+    /// How long each is.
+    pub(super) fn bytes(self) -> u32 {
+        match self {
+            Self::Small => 4 << 10,
+            Self::Huge => 2 << 20,
+        }
+    }
 }
 
 /// One channel, or a second one for urgent pages.

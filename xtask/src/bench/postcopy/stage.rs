@@ -107,11 +107,16 @@ impl Stage<'_> {
             Some(settled) => {
                 let later = self.qemu()?.whole_record(&mut destination.qmp)?;
                 let earlier = self.qemu()?.whole_record(&mut source.qmp)?;
-                self.of_guest(&earlier, &later, settled, &mut destination.qmp)?
+                let sent = source.qmp.execute("query-migrate", &json!({}))?;
+                let says = destination.qmp.execute("query-migrate", &json!({}))?;
+                of_guest(settled, [&earlier, &later], &sent, &says)?
             }
             None => {
                 let report = destination.qmp.execute("query-migrate", &json!({}))?;
-                (Faults::of_report(&report["x-faults"])?, of_counters(&report))
+                let mut says = of_counters(&report);
+                let sent = source.qmp.execute("query-migrate", &json!({}))?;
+                says["x-answers"] = sent["x-answers"].clone();
+                (Faults::of_report(&report["x-faults"])?, says)
             }
         };
         let resumed = resumed(&arrived)?;
@@ -134,6 +139,7 @@ impl Stage<'_> {
         let uri = self.listen(Engine::Qemu, &mut destination.qmp, scenario.mode)?;
         let mut command = Command::new(self.whimbrel()?);
         command.arg("restore").arg(&file).args([&uri, "--postcopy", "--json"]);
+        command.args(["--page-size", scenario.pages.name()]);
         if scenario.mode == Mode::Preempt {
             command.arg("--preempt");
         }
@@ -142,8 +148,9 @@ impl Stage<'_> {
         let mut source = Helper::start(network.at(End::Source, &command), &files)?;
         let arrived = until_completed(&mut destination.qmp, "the destination")?;
         let later = self.qemu()?.whole_record(&mut destination.qmp)?;
-        let (faults, own) = self.of_guest(&record, &later, settled, &mut destination.qmp)?;
+        let says = destination.qmp.execute("query-migrate", &json!({}))?;
         let ended = source.wait(MIGRATION_MAX)?;
+        let (faults, own) = of_guest(settled, [&record, &later], &ended.said, &says)?;
         let resumed = resumed(&arrived)?;
         Ok(Figures {
             faults,
@@ -177,15 +184,15 @@ impl Stage<'_> {
         let source_cpu_s = source.cpu()? - before;
         let ended = destination.wait(MIGRATION_MAX)?;
         fs::remove_file(&store)?;
-        let info = source.qmp.execute("query-migrate", &json!({}))?;
         let running = first(&sent, "the source", |event| status(event) == Some("postcopy-active"))?;
         Ok(Figures {
             faults: Faults::of_report(&ended.said["faults"])?,
             phase_s: seconds(running, completed(&sent)?),
-            downtime_ms: info["downtime"].as_f64(),
+            // No guest runs on, and what a stock source says is at times the whole phase.
+            downtime_ms: None,
             source_cpu_s,
             destination_cpu_s: ended.cpu_s,
-            own: Value::Null,
+            own: ended.said["faults"].clone(),
         })
     }
 
@@ -251,21 +258,6 @@ impl Stage<'_> {
         let report = qmp.execute("query-migrate", &json!({}))?;
         let port = report["socket-address"][0]["port"].as_str().context("no port to go to")?;
         Ok(format!("tcp:{DESTINATION_ADDRESS}:{port}"))
-    }
-
-    /// Faults by the guest's own clock, and what its QEMU says of them.
-    fn of_guest(
-        &self,
-        source: &Record,
-        destination: &Record,
-        settled: Settled,
-        qmp: &mut Qmp,
-    ) -> Result<(Faults, Value)> {
-        let faults = destination.faults(source, settled.rate)?;
-        let report = qmp.execute("query-migrate", &json!({}))?;
-        let mut own = of_counters(&report);
-        own["stray-touches-per-s"] = json!(settled.stray_per_s);
-        Ok((faults, own))
     }
 
     fn qemu(&self) -> Result<&QemuGuest> {
@@ -346,9 +338,25 @@ fn seconds(from: Duration, to: Duration) -> f64 {
     to.saturating_sub(from).as_secs_f64()
 }
 
+/// Faults by the guest's own clock, from what it had recorded when it left its source and when all
+/// of it had arrived; and what the two sides' reports say of them.
+fn of_guest(
+    settled: Settled,
+    [left, arrived]: [&Record; 2],
+    source: &Value,
+    destination: &Value,
+) -> Result<(Faults, Value)> {
+    let asked = source["ram"]["postcopy-requests"].as_u64();
+    let faults = arrived.faults(left, asked.map(usize::try_from).transpose()?, settled.rate)?;
+    let mut says = of_counters(destination);
+    says["postcopy-requests"] = json!(asked);
+    says["stray-touches-per-s"] = json!(settled.stray_per_s);
+    Ok((faults, says))
+}
+
 /// The counters of a destination's own, as far as it has some.
 fn of_counters(report: &Value) -> Value {
-    let counters = ["postcopy-blocktime", "postcopy-latency", "postcopy-latency-dist"];
+    let counters = ["postcopy-blocktime", "postcopy-latency", "postcopy-latency-dist", "x-faults"];
     let known = counters.iter().filter_map(|name| Some((*name, report.get(name)?.clone())));
     Value::Object(known.map(|(name, value)| (name.to_owned(), value)).collect())
 }

@@ -6,16 +6,17 @@
 //! protected mode without paging.
 //!
 //! First it fills its working set, so that no page of it is zero. Then it touches a page of it at
-//! random, over and over: it reads when it touched the page last, and stores the time instead. A
-//! touch that takes long goes into a log beside the code, with when that page was touched last:
-//! [`super::clock`] tells by it which of them were faults.
+//! random, over and over: it stores a word there, reads when it touched that host page last, and
+//! stores the time instead. A touch that takes long goes into a log beside the code, with when that
+//! host page was touched last: [`super::clock`] tells by it which of them were faults.
 
 use super::clock;
+use super::pair::Pages;
 
-/// Where the image is loaded: all that the guest needs of itself lies in one page of 2 MiB.
+/// Where the image is loaded.
 const LOAD_AT: u32 = 1 << 20;
 /// Where its record is.
-pub(super) const RECORD_AT: u32 = (1 << 20) + (512 << 10);
+pub(super) const RECORD_AT: u32 = 2 << 20;
 /// The working set begins here, at a boundary of every page size but 1 GiB.
 const WORKING_SET_AT: u32 = 256 << 20;
 
@@ -31,6 +32,7 @@ const PAGE_BYTES: u32 = 4096;
 /// The guest, with the size of what it writes to.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Writer {
+    /// Of 4 KiB.
     pages: u32,
 }
 
@@ -50,11 +52,11 @@ impl Writer {
         self.pages / 256
     }
 
-    /// The image, as a kernel for QEMU.
-    pub(super) fn image(self) -> Vec<u8> {
+    /// The image, as a kernel for QEMU, for memory of these host pages.
+    pub(super) fn image(self, host_pages: Pages) -> Vec<u8> {
         let mut code = Code::default();
         self.fill(&mut code);
-        self.write_for_ever(&mut code);
+        self.write_for_ever(&mut code, host_pages);
         let bytes = u32::try_from(code.0.len()).expect("the guest is short");
         let end = LOAD_AT + MULTIBOOT_HEADER_BYTES + bytes;
         let header = [
@@ -82,7 +84,7 @@ impl Writer {
     }
 
     /// esi: the sequence. ebx: the record.
-    fn write_for_ever(self, code: &mut Code) {
+    fn write_for_ever(self, code: &mut Code, host_pages: Pages) {
         code.raw(&[0xbb]).word(RECORD_AT); //            mov ebx, RECORD_AT
         code.raw(&[0xc7, 0x03]).word(clock::MAGIC); //   mov dword [ebx], MAGIC
         let next = code.0.len();
@@ -91,12 +93,14 @@ impl Writer {
         code.raw(&[0xb8]).word(self.pages); //           mov eax, pages
         code.raw(&[0xf7, 0xe6]); //                      mul esi: edx is below pages
         code.raw(&[0xc1, 0xe2, 12]); //                  shl edx, 12
-        code.raw(&[0x8d, 0xba]).word(WORKING_SET_AT); // lea edi, [edx+WORKING_SET_AT]
+        code.raw(&[0x8d, 0xba]).word(WORKING_SET_AT + 8); // lea edi, [edx+WORKING_SET_AT+8]
         code.raw(&[0x0f, 0x31]); //                      rdtsc
         code.raw(&[0x89, 0xc1]); //                      mov ecx, eax
         code.raw(&[0x89, 0xd5]); //                      mov ebp, edx
         code.raw(&[0x0f, 0xac, 0xd0, clock::STAMP_SHIFT]); // shrd eax, edx, STAMP_SHIFT
-        code.raw(&[0x8b, 0x17]); //                      mov edx, [edi]: faults
+        code.raw(&[0x89, 0x07]); //                      mov [edi], eax: faults
+        code.raw(&[0x81, 0xe7]).word(0_u32.wrapping_sub(host_pages.bytes())); // and edi, -bytes
+        code.raw(&[0x8b, 0x17]); //                      mov edx, [edi]
         code.raw(&[0x89, 0x07]); //                      mov [edi], eax
         code.raw(&[0x89, 0xd7]); //                      mov edi, edx
         code.raw(&[0x0f, 0x31]); //                      rdtsc
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_header_is_one() {
-        let image = Writer::in_memory(2048).unwrap().image();
+        let image = Writer::in_memory(2048).unwrap().image(Pages::Huge);
         let words: Vec<u32> = image[..32]
             .chunks_exact(4)
             .map(|word| u32::from_le_bytes(word.try_into().unwrap()))

@@ -1,0 +1,179 @@
+//! A stock QEMU that dies in postcopy, and ends that were told different things: one clear line,
+//! an error exit, and nobody hangs.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::json;
+use whimbrel_peers::guest::BootSector;
+use whimbrel_peers::install::Peer;
+use whimbrel_peers::journey::{Journey, MIGRATION_MAX, Transport};
+use whimbrel_peers::qemu::Qemu;
+use whimbrel_peers::{on_each_peer, wait};
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().context("a path in UTF-8")
+}
+
+const PLAIN: &[&str] = &["events", "postcopy-ram"];
+const PREEMPT: &[&str] = &["events", "postcopy-ram", "postcopy-preempt"];
+
+/// The destination dies when its guest runs: we say that the guest was there.
+fn destination_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
+    let guest = BootSector { seed: 81 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.keep(&mut source, Transport::Tcp, &[])?;
+    let (mut destination, uri) = journey.waiting(peer, Transport::Tcp, capabilities)?;
+    let slow = ["restore", text(&kept)?, &uri, "--postcopy", "--bandwidth", "64k"];
+    let mut restore = journey.start_whimbrel(&[&slow, more].concat())?;
+    wait_for_status(&mut destination, "postcopy-active")?;
+    destination.qmp.wait_event("RESUME", MIGRATION_MAX)?;
+    drop(destination);
+    let said = restore.wait(MIGRATION_MAX)?.refused()?;
+    ensure!(said.contains("had been handed over"), "nothing is said of the guest: {said}");
+    // The file is as good as before.
+    let destination = journey.restore(&kept, peer, Transport::Tcp, &[])?;
+    journey.check_arrived(&source, &destination)
+}
+
+fn the_destination_dies(peer: Peer) -> Result<()> {
+    destination_dies(peer, PLAIN, &[])
+}
+
+fn the_destination_dies_with_preempt(peer: Peer) -> Result<()> {
+    destination_dies(peer, PREEMPT, &["--preempt"])
+}
+
+fn wait_for_status(qemu: &mut Qemu, status: &str) -> Result<()> {
+    wait::until(&format!("the state {status}"), MIGRATION_MAX, || {
+        let report = qemu.qmp.execute("query-migrate", &json!({}))?;
+        Ok((report["status"] == status).then_some(()))
+    })
+}
+
+/// The source dies when its guest is ours and RAM is not: nothing is kept, nothing is left.
+fn source_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
+    let guest = BootSector { seed: 82 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    fs::create_dir(journey.file("store"))?;
+    let kept = journey.file("store/kept");
+    let arguments = [&["--touch", "random"], more].concat();
+    let (mut receiver, uri) = journey.receiving_with(Transport::Tcp, &kept, &arguments)?;
+    source.qmp.enable(capabilities)?;
+    let slow = json!({ "max-bandwidth": 1_000_000, "max-postcopy-bandwidth": 100_000 });
+    source.qmp.execute("migrate-set-parameters", &slow)?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    wait_for_status(&mut source, "postcopy-active")?;
+    wait::until("requests for pages", MIGRATION_MAX, || {
+        let report = source.qmp.execute("query-migrate", &json!({}))?;
+        Ok((report["ram"]["postcopy-requests"].as_u64() > Some(10)).then_some(()))
+    })?;
+    drop(source);
+    let said = receiver.wait(MIGRATION_MAX)?.refused()?;
+    ensure!(said.contains("nothing was kept"), "it is not said that nothing was kept: {said}");
+    let left: Vec<_> = fs::read_dir(journey.file("store"))?.collect();
+    ensure!(left.is_empty(), "left behind: {left:?}");
+    Ok(())
+}
+
+fn the_source_dies(peer: Peer) -> Result<()> {
+    source_dies(peer, PLAIN, &[])
+}
+
+fn the_source_dies_with_preempt(peer: Peer) -> Result<()> {
+    source_dies(peer, PREEMPT, &["--preempt"])
+}
+
+/// A destination that was not told what we were, or of another page size: it refuses, we say so,
+/// and its guest never ran.
+fn refused(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
+    let guest = BootSector { seed: 83 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.keep(&mut source, Transport::Tcp, &[])?;
+    let (destination, uri) = journey.waiting(peer, Transport::Tcp, capabilities)?;
+    let postcopy = ["restore", text(&kept)?, &uri, "--postcopy"];
+    let said = journey.whimbrel(&[&postcopy, more].concat())?.refused()?;
+    ensure!(!said.is_empty(), "a refusal without a reason");
+    ensure!(destination.console.written().is_empty(), "the guest ran all the same");
+    Ok(())
+}
+
+fn a_destination_without_postcopy_refuses(peer: Peer) -> Result<()> {
+    refused(peer, &[], &[])
+}
+
+fn a_destination_with_other_pages_refuses(peer: Peer) -> Result<()> {
+    refused(peer, PLAIN, &["--page-size", "2M"])
+}
+
+/// A source that sends pages on a connection that we were not told of.
+fn preempt_only_at_the_source(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 84 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let (mut receiver, uri) =
+        journey.receiving_with(Transport::Tcp, &kept, &["--touch", "random"])?;
+    source.qmp.enable(PREEMPT)?;
+    let slow = json!({ "max-bandwidth": 1_000_000, "max-postcopy-bandwidth": 4_000_000 });
+    source.qmp.execute("migrate-set-parameters", &slow)?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    let said = receiver.wait(MIGRATION_MAX)?.refused()?;
+    ensure!(said.contains("postcopy-preempt"), "it is not said why: {said}");
+    ensure!(!kept.exists(), "a guest without all its pages was kept");
+    Ok(())
+}
+
+/// The other way round nothing is missing: the connection that we wait for never comes.
+fn preempt_only_here(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 85 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let (mut receiver, uri) = journey.receiving_with(Transport::Tcp, &kept, &["--preempt"])?;
+    source.qmp.enable(PLAIN)?;
+    source.qmp.execute("migrate-set-parameters", &json!({ "max-bandwidth": 1_000_000 }))?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    receiver.wait(MIGRATION_MAX)?.succeeded()?;
+    source.wait_migrated(MIGRATION_MAX)?;
+    let destination = journey.restore(&kept, peer, Transport::Tcp, &[])?;
+    journey.check_arrived(&source, &destination)
+}
+
+/// Interrupted, it says so, and where the guest is now.
+fn an_interrupted_restore_says_where_the_guest_is(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 86 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.keep(&mut source, Transport::Tcp, &[])?;
+    let (mut destination, uri) = journey.waiting(peer, Transport::Tcp, PREEMPT)?;
+    let slow = ["restore", text(&kept)?, &uri, "--postcopy", "--preempt", "--bandwidth", "64k"];
+    let mut restore = journey.start_whimbrel(&slow)?;
+    destination.qmp.wait_event("RESUME", MIGRATION_MAX)?;
+    restore.interrupt()?;
+    let said = restore.wait(MIGRATION_MAX)?.refused()?;
+    for part in ["cancelled", "had been handed over"] {
+        ensure!(said.contains(part), "{part:?} is not said: {said}");
+    }
+    // The guest may run on until it touches what is missing; the destination keeps it.
+    wait_for_status(&mut destination, "postcopy-paused")
+}
+
+on_each_peer!(
+    the_destination_dies,
+    the_destination_dies_with_preempt,
+    the_source_dies,
+    the_source_dies_with_preempt,
+    a_destination_without_postcopy_refuses,
+    a_destination_with_other_pages_refuses,
+    preempt_only_at_the_source,
+    preempt_only_here,
+    an_interrupted_restore_says_where_the_guest_is,
+);
