@@ -158,6 +158,14 @@ impl Error {
         move |source| Error::System { doing, source }
     }
 
+    /// Why a postcopy has paused.
+    pub(crate) fn text_of_pause(&self) -> String {
+        match self {
+            Error::Cancelled => "the connections were broken on request".into(),
+            other => other.to_string(),
+        }
+    }
+
     pub(crate) fn vm(doing: &'static str) -> impl FnOnce(VmError) -> Error {
         move |source| Error::Vm { doing, source }
     }

@@ -72,21 +72,21 @@ fn cancel_once(draw: &Draw, what: &str) -> bool {
     sleep(draw.after);
     let since = Instant::now();
     if draw.at_source {
-        source.migrator.cancel().expect("not in postcopy");
+        source.migrator.cancel().expect("it is no postcopy");
     } else {
-        destination.migrator.cancel().expect("not in postcopy");
+        destination.migrator.cancel().expect("it is no postcopy");
     }
     let from = source.migrator.info();
     // A destination may have been complete before it was cancelled, and its source wait for a
     // 'migrate-continue' that never comes.
     if !draw.at_source && from.status == Some(MigrationStatus::PreSwitchover) {
-        source.migrator.cancel().expect("not in postcopy");
+        source.migrator.cancel().expect("it is no postcopy");
     }
     let from = if draw.at_source || !draw.pause_before_switchover {
         source.ended(what)
     } else {
         sleep(Duration::from_millis(100));
-        source.migrator.cancel().expect("not in postcopy");
+        source.migrator.cancel().expect("it is no postcopy");
         source.ended(what)
     };
     assert!(since.elapsed() < Duration::from_secs(2), "{what}: took {:?}", since.elapsed());

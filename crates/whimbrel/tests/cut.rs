@@ -177,7 +177,7 @@ fn outcome(
         if may_hang && proxy.seen().cut {
             let since = *since_cut.get_or_insert_with(Instant::now);
             if since.elapsed().as_millis() > 30 {
-                source.migrator.cancel().expect("not in postcopy");
+                source.migrator.cancel().expect("it is no postcopy");
             }
         }
         over(source)
@@ -187,7 +187,7 @@ fn outcome(
     until(&format!("{what}: the destination's end"), || {
         never_two();
         if may_hang && since.elapsed().as_millis() > 30 {
-            destination.migrator.cancel().expect("not in postcopy");
+            destination.migrator.cancel().expect("it is no postcopy");
         }
         over(destination)
     });

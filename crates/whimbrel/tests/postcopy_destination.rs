@@ -95,10 +95,10 @@ const WRONG: [Wrong; 14] = [
     ("all and more", |m| m.ask(Some(RAM), 0, !4095), "which has 8388608"),
     ("no such block", |m| m.ask(Some("pc.ram"), 0, 4096), "block pc.ram, which does not exist"),
     ("no name", |m| m.ask(None, 0, 4096), "expected a block name"),
-    ("no length", |m| m.ask(Some(RAM), 0, 0), "0 bytes from 0"),
-    ("no pages", |m| m.ask(Some(RAM), 0, 100), "which has pages of 4096"),
-    ("the largest length", |m| m.ask(Some(RAM), 0, u32::MAX), "which has pages of 4096"),
-    ("between pages", |m| m.ask(Some(RAM), 8, 4096), "which has pages of 4096"),
+    ("no length", |m| m.ask(Some(RAM), 0, 0), "whole pages"),
+    ("no pages", |m| m.ask(Some(RAM), 0, 100), "whole pages"),
+    ("the largest length", |m| m.ask(Some(RAM), 0, u32::MAX), "whole pages"),
+    ("between pages", |m| m.ask(Some(RAM), 8, 4096), "the start of a page"),
     (
         "a bitmap",
         |m| say(m, &ReturnMessage::RecvBitmap(Name::new(RAM).expect("a name"))),
@@ -186,7 +186,8 @@ fn a_destination_that_does_not_read_holds_nobody() {
                     source.migrator.end();
                 }
                 let gone = Gone { source, main, urgent: None, digests };
-                gone.expect_paused(&what);
+                let error = gone.expect_paused(&what);
+                assert!(error.contains("broken on request"), "{what}: {error}");
                 drop(gone);
                 flood.join().expect("ends when the source does");
             }

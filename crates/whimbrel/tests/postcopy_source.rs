@@ -74,7 +74,10 @@ fn expect_failed(destination: &Side, parts: &[&str], what: &str) {
 /// The guest runs on and the destination has paused, for a reason that has all of `parts`.
 fn expect_paused(destination: &Side, source: &FarSource, parts: &[&str], what: &str) {
     until(&format!("{what}: it pauses"), || {
-        destination.status() == Some(MigrationStatus::PostcopyPaused)
+        let info = destination.migrator.info();
+        let status = info.status.expect("one was started");
+        assert!(status.is_running(), "{what}: {status}: {:?}", info.error_desc);
+        status == MigrationStatus::PostcopyPaused
     });
     let error = destination.migrator.info().error_desc.expect("says why");
     let said = parts.iter().all(|part| error.contains(part)) && !error.contains('\n');
@@ -737,27 +740,32 @@ fn fill_until_an_answer_waits(source: &mut FarSource) {
     let start = Instant::now();
     loop {
         source.main.write_all(&pings).expect("the destination reads on");
-        // It passes through such a wait often, and stays only in the last one.
-        let stays = (0..20).all(|_| {
+        // Until they are taken, and either all are answered or an answer waits for room.
+        let mut stays = 0;
+        loop {
             sleep(Duration::from_millis(1));
-            an_answer_waits()
-        });
-        if stays {
-            return;
+            match (waits("dest/main"), waits("dest/fault")) {
+                (Some(2), Some(2)) => stays += 1,
+                (Some(2), Some(_)) => break,
+                _ => stays = 0,
+            }
+            if stays == 50 {
+                return;
+            }
+            assert!(start.elapsed() < LIMIT, "the destination's answers never wait");
         }
-        assert!(start.elapsed() < LIMIT, "the destination's answers never wait");
     }
 }
 
-/// Whether `dest/fault` waits for one channel alone: at all other times it waits for four things.
-fn an_answer_waits() -> bool {
+/// For how many things a thread waits: a channel is two, with what ends the wait.
+fn waits(name: &str) -> Option<u64> {
     let threads = std::fs::read_dir("/proc/self/task").expect("/proc").filter_map(Result::ok);
     let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap_or_default();
-    threads.map(|thread| thread.path()).any(|thread| {
-        read(thread.join("comm")).trim() == "dest/fault"
-            // The number of a `poll` or `ppoll`, the list, and how long it is.
-            && read(thread.join("syscall")).split(' ').nth(2) == Some("0x2")
-    })
+    let mut threads = threads.map(|thread| thread.path());
+    let thread = threads.find(|thread| read(thread.join("comm")).trim() == name)?;
+    // The number of a `poll` or `ppoll`, the list, and how long it is; or "running".
+    let call = read(thread.join("syscall"));
+    u64::from_str_radix(call.split(' ').nth(2)?.strip_prefix("0x")?, 16).ok()
 }
 
 /// A package may be loaded before RUN has come: then a failure is still in time.

@@ -1,6 +1,8 @@
 //! The main channel, on its way in: protocol words are decoded from a buffer, the content of
 //! pages goes from there, or straight from the channel, into guest memory.
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use whimbrel_ram::kernel_copy::Scatter;
 use whimbrel_ram::{RamBlock, TARGET_PAGE};
 use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
@@ -158,6 +160,22 @@ impl Input {
             .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
         assert!(used == bytes.len() && expected(&decoded), "compared before, and now {decoded:?}");
         Ok(())
+    }
+
+    /// Reads until so many bytes are held, after `wait` for each time there is something to be read;
+    /// false at the end of the stream.
+    pub(super) fn hold(
+        &mut self,
+        bytes: usize,
+        mut wait: impl FnMut(BorrowedFd<'_>) -> Result<(), Error>,
+    ) -> Result<bool, Error> {
+        while !self.holds(bytes) {
+            wait(self.channel.as_fd())?;
+            if self.fill()? == 0 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Whether so many bytes are held.

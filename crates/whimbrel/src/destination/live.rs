@@ -106,7 +106,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
 
 /// The guest runs, and the rest of its RAM does not come: it goes on until it touches that.
 fn pause(job: &Job, error: &Error, absent: AbsentRam) {
-    job.report.set_error(error.to_string());
+    job.report.set_error(error.text_of_pause());
     job.set_status(MigrationStatus::PostcopyPaused);
     job.links.wait_for_end();
     // Pages that never came must not be taken for zeros: whoever touches them waits until the

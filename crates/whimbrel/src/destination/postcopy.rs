@@ -38,6 +38,9 @@ const RUN: usize = 5;
 /// How long nothing may arrive, when the source has sent everything and pages are still missing.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// How long RUN, which may be on its way, is waited for when another channel has failed.
+const RUN_MAY_COME: Duration = Duration::from_secs(1);
+
 /// How long devices whose guest was given to us may take to load when pages come no more.
 const LOADING: Duration = Duration::from_secs(5);
 
@@ -120,6 +123,16 @@ impl<'a> Shared<'a> {
 
     /// Takes note of an error, and ends all others.
     fn check<T>(&self, result: Result<T, Error>) -> Option<T> {
+        let checked = self.check_beside(result);
+        if checked.is_none() && !self.over.load(Ordering::SeqCst) {
+            self.links.break_now();
+        }
+        checked
+    }
+
+    /// The same of a thread beside the main channel, and the devices: as long as RUN has not come
+    /// it may be on its way, and then it must be heard. So `dest/main` ends by itself.
+    fn check_beside<T>(&self, result: Result<T, Error>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
             Err(_) if self.over.load(Ordering::SeqCst) => None,
@@ -128,7 +141,9 @@ impl<'a> Shared<'a> {
                 reason.get_or_insert(error);
                 drop(reason);
                 self.stop.set();
-                self.links.break_now();
+                if self.run.is_set() {
+                    self.links.break_now();
+                }
                 None
             }
         }
@@ -247,16 +262,18 @@ fn receive(
     };
     thread::scope(|scope| {
         let run = || {
-            let asking = scoped(scope, Role::DestinationFault, || shared.check(asking.run()))
-                .map_err(spawning())?;
+            let asking =
+                scoped(scope, Role::DestinationFault, || shared.check_beside(asking.run()))
+                    .map_err(spawning())?;
             if let Some(listener) = terms.urgent {
                 let arriving = &arriving;
-                let body =
-                    move || shared.check(take_urgent(listener, announced, arriving, &shared.stop));
+                let body = move || {
+                    shared.check_beside(take_urgent(listener, announced, arriving, &shared.stop))
+                };
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
             }
             if restore::is_of_use(absent) {
-                let body = || shared.check(restore::run(absent, &shared.stop));
+                let body = || shared.check_beside(restore::run(absent, &shared.stop));
                 scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
             }
             let body = move || {
@@ -265,8 +282,11 @@ fn receive(
                 done
             };
             let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;
-            take_run(input)?;
+            take_run(input, &links, shared)?;
             shared.run.set();
+            if shared.stop.is_set() {
+                return Err(Error::Cancelled); // Somebody has told why.
+            }
             take_pages(input, &arriving, &shared.outbox)?;
             wait_for_all(&arriving, &links, terms.urgent.is_some())?;
             if !matches!(loading.join(), Ok(Some(()))) {
@@ -323,8 +343,8 @@ fn load(
     for ping in pings {
         shared.outbox.push(&ReturnMessage::Pong(*ping))?;
     }
-    let woken = shared
-        .stop
+    let links = shared.links.current();
+    let woken = links
         .wait(shared.run.as_fd(), PollFlags::IN, None)
         .map_err(Error::system("waiting for RUN"))?;
     // When RUN has come the guest is ours alone, whatever has become of the connection since.
@@ -351,8 +371,30 @@ fn give_up(absent: &AbsentRam, shared: &Shared<'_>) {
 }
 
 /// The last command of the package: from here on the guest is ours.
-fn take_run(input: &mut Input) -> Result<(), Error> {
+fn take_run(input: &mut Input, links: &Cancel, shared: &Shared<'_>) -> Result<(), Error> {
     let at = input.decoder().offset();
+    let mut until: Option<Instant> = None;
+    // The end of the stream is told below.
+    input.hold(RUN, |main| {
+        if until.is_none() {
+            let woken = links.wait_any(&[main, shared.stop.as_fd()], Duration::MAX);
+            let woken = woken.map_err(Error::system("waiting for RUN"))?;
+            if woken == Woken::Cancelled {
+                return Err(Error::Cancelled);
+            }
+            if !shared.stop.is_set() {
+                return Ok(());
+            }
+        }
+        // It has failed elsewhere.
+        let left = until.get_or_insert_with(|| Instant::now() + RUN_MAY_COME);
+        let left = left.saturating_duration_since(Instant::now());
+        match links.wait(main, PollFlags::IN, Some(left)) {
+            Ok(Woken::Ready) => Ok(()),
+            Ok(Woken::Cancelled | Woken::TimedOut) => Err(Error::Cancelled),
+            Err(error) => Err(Error::system("waiting for RUN")(error)),
+        }
+    })?;
     let mut run = Vec::with_capacity(RUN);
     Command::PostcopyRun.encode(&mut run);
     match input.take_many(RUN, "RUN, the end of the package")? {

@@ -110,7 +110,7 @@ pub(crate) fn run(job: &Job) {
         Ok(()) => job.set_status(MigrationStatus::Completed),
         Err(Failed::Before(error)) => undo::undo(job, held, error),
         Err(Failed::After(error)) => {
-            job.report.set_error(error.to_string());
+            job.report.set_error(error.text_of_pause());
             job.set_status(MigrationStatus::PostcopyPaused);
             // What is left of the guest's RAM is kept here, in the VM.
             job.links.wait_for_end();
