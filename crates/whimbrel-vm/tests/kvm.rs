@@ -274,15 +274,18 @@ fn huge_and_shared_pages_do_as_well() {
     let Some(config) = kvm(2, "uniform") else { return };
     for (page_size, shared) in [(PageSize::SIZE_2M, false), (PageSize::SIZE_4K, true)] {
         let config = Config { page_size, shared, prefault: true, ..config.clone() };
-        let from = match ReferenceVm::new(config.clone()) {
-            Ok(vm) => vm,
+        // As many as are needed for both, or neither: others take and give such pages meanwhile.
+        let both = ReferenceVm::new(config.clone()).and_then(|from| {
+            Ok((from, ReferenceVm::new(Config { incoming: true, ..config.clone() })?))
+        });
+        let (from, to) = match both {
+            Ok(both) => both,
             Err(error @ Error::TooFewHugePages { .. }) => {
                 eprintln!("skipped: {error}");
                 continue;
             }
             Err(error) => panic!("{error}"),
         };
-        let to = destination(&config);
         from.resume().unwrap();
         iterate(&from, &to, 2, 20);
         move_and_go_on(&from, &to, 20);
