@@ -55,6 +55,13 @@ const WINDOW_MOST: u64 = 64 << 20;
 const WINDOW_FIRST: u64 = 64 << 10;
 const IDLE_LEAST: u64 = 256 << 10;
 
+/// A link that is faster than this, and short, is held by a window alone: the queue it leaves is as
+/// short as time goes, and a rate, which the kernel keeps a tenth too late where processors are
+/// busy, costs more than it saves.
+const PACED_LINK_MOST: u64 = 600 << 20;
+const FAST_LINK_RTT: Duration = Duration::from_micros(500);
+const FAST_QUEUE: Duration = Duration::from_micros(200);
+
 /// A rate below this is one that was not measured.
 const RATE_LEAST: u64 = 1 << 20;
 const CORRECTION_MOST: u64 = 1300;
@@ -330,6 +337,9 @@ impl Window {
                 (Some(window), None, piece)
             }
             Phase::Probe { .. } => (Some(self.window(facts, QUEUE)), None, piece),
+            Phase::Paced { .. } if is_fast(rate, facts) => {
+                (Some(self.window(facts, FAST_QUEUE)), None, piece)
+            }
             Phase::Paced { target, .. } => {
                 let paced = share(target, self.correction).max(RATE_LEAST);
                 (Some(self.window(facts, PACED_QUEUE).max(2 * piece as u64)), Some(paced), piece)
@@ -351,6 +361,10 @@ impl Window {
 fn sane(facts: &Facts) -> Facts {
     const MOST: Duration = Duration::from_secs(1);
     Facts { rtt: facts.rtt.min(MOST), min_rtt: facts.min_rtt.min(facts.rtt).min(MOST), ..*facts }
+}
+
+fn is_fast(rate: u64, facts: &Facts) -> bool {
+    rate > PACED_LINK_MOST && facts.min_rtt < FAST_LINK_RTT
 }
 
 fn probe_time(facts: &Facts) -> Duration {
