@@ -47,7 +47,9 @@ pub(crate) trait Host: Send {
 
     /// As [`load`](Host::load), of a guest whose RAM is still arriving: what is touched of it is
     /// asked for, and waited for.
-    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error>;
+    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error> {
+        self.load(devices)
+    }
 
     /// The guest has come, and its RAM is still arriving: the right to run it is here.
     fn run(&mut self) -> Result<(), Error>;

@@ -132,19 +132,6 @@ impl Waiting<'_> {
         guest.put_right(right, state);
         started.map(|_| ())
     }
-
-    fn take(&mut self, devices: Devices) -> Result<(), Error> {
-        let Devices::Own(sections) = devices else {
-            return Err(Error::Refused(
-                "main channel: the devices are those of a QEMU: 'whimbrel receive' keeps such a VM"
-                    .into(),
-            ));
-        };
-        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
-        let mut devices = devices?;
-        self.runs = global_state::take(&mut devices)?;
-        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
-    }
 }
 
 impl Host for Waiting<'_> {
@@ -204,7 +191,16 @@ impl Host for Waiting<'_> {
     }
 
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
-        self.take(devices)
+        let Devices::Own(sections) = devices else {
+            return Err(Error::Refused(
+                "main channel: the devices are those of a QEMU: 'whimbrel receive' keeps such a VM"
+                    .into(),
+            ));
+        };
+        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
+        let mut devices = devices?;
+        self.runs = global_state::take(&mut devices)?;
+        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
     }
 
     fn takes_postcopy(&self) -> bool {
@@ -213,10 +209,6 @@ impl Host for Waiting<'_> {
 
     fn takes_small_pieces(&self) -> bool {
         self.job.guest.vm().ram().blocks().all(|(_, block)| AbsentRam::takes_small_pieces(block))
-    }
-
-    fn load_ahead(&mut self, devices: Devices) -> Result<(), Error> {
-        self.take(devices)
     }
 
     fn run(&mut self) -> Result<(), Error> {

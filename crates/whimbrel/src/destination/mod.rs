@@ -2,8 +2,9 @@
 //!
 //! [`input`], [`ahead`] and [`placing`] are the road of a page on this side, [`incoming`] goes
 //! through the stream, [`live`] is a VM that waits for it. From the package of a postcopy on,
-//! [`postcopy`] goes on with four threads: [`fault`] and [`asked`] ask for pages, [`urgent`] takes
-//! them in, [`assembly`] and [`arriving`] are the road of a page then. What keeps a VM instead of running it is in [`crate::kept`].
+//! [`postcopy`] goes on with threads beside it: [`fault`] and [`asked`] ask for pages, [`urgent`]
+//! takes them in, [`restore`] makes huge pages of small ones; [`assembly`] and [`arriving`] are the
+//! road of a page then. What keeps a VM instead of running it is in [`crate::kept`].
 
 mod ahead;
 mod arriving;

@@ -161,11 +161,7 @@ impl<'a> Shared<'a> {
 }
 
 /// Takes the guest in, and then its RAM. Returns when all of it is there.
-pub(super) fn run(
-    begun: Begun<'_>,
-    host: &mut (dyn Host + Send),
-    terms: &Terms<'_>,
-) -> Result<(), Failed> {
+pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> Result<(), Failed> {
     let before = |error| Failed::Before(error);
     let package = read_package(begun.input, begun.len).map_err(before)?;
     let split = match begun.agreed.has(Features::SMALL_PIECES) {
@@ -230,13 +226,13 @@ fn request_units(begun: &Begun<'_>, absent: &AbsentRam) -> Result<Box<[PageSize]
     Ok(units)
 }
 
-/// The four threads.
+/// `dest/main`'s part, and the threads beside it.
 fn receive(
     begun: Begun<'_>,
     package: &[u8],
     absent: &AbsentRam,
     asked: &Asked,
-    host: &mut (dyn Host + Send),
+    host: &mut dyn Host,
     terms: &Terms<'_>,
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
@@ -335,7 +331,7 @@ fn devices(
 fn load(
     devices: Devices,
     pings: &[u32],
-    host: &mut (dyn Host + Send),
+    host: &mut dyn Host,
     asked: &Asked,
     shared: &Shared<'_>,
 ) -> Result<(), Error> {
