@@ -30,6 +30,10 @@ pub(crate) enum Role {
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
     DestinationTouch,
+    /// Writes RAM into the file of a guest that is only kept.
+    DestinationWrite,
+    /// Reads the file of a kept guest ahead of what is sent.
+    SourceRead,
 }
 
 impl Role {
@@ -45,6 +49,8 @@ impl Role {
             Role::DestinationLoad => "dest/load",
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
+            Role::DestinationWrite => "dest/write",
+            Role::SourceRead => "source/read",
         }
     }
 }
@@ -249,6 +255,8 @@ mod tests {
             Role::DestinationLoad,
             Role::DestinationRestore,
             Role::DestinationTouch,
+            Role::DestinationWrite,
+            Role::SourceRead,
         ] {
             assert!(role.name().len() <= 15);
         }

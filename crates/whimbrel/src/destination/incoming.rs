@@ -17,6 +17,7 @@ use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::hello::Features;
+use crate::kept::Arrivals;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -34,6 +35,11 @@ pub(crate) trait Host: Send {
 
     /// Whether that RAM is all zero.
     fn ram_is_fresh(&self) -> bool;
+
+    /// What is to be told of every page that is placed in that RAM, other than by postcopy.
+    fn arrivals(&self) -> Option<Arrivals> {
+        None
+    }
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
@@ -267,7 +273,8 @@ impl Incoming {
         let blocks: Vec<BlockIndex> = announced.iter().map(|(_, info)| place(info)).collect();
         let received = self.advised.then(|| Arc::new(Received::new(&ram)));
         let placing = Placing::new(ram.clone(), blocks.clone(), host.ram_is_fresh());
-        self.placing = Some(placing.telling(received.clone()).populating_ahead()?);
+        let placing = placing.telling(received.clone()).telling_writers(host.arrivals());
+        self.placing = Some(placing.populating_ahead()?);
         self.setup = Some(Setup { announced, ram, blocks, received });
         Ok(())
     }

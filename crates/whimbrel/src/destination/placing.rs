@@ -6,6 +6,7 @@ use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE, Target
 
 use super::populate::Populate;
 use crate::error::Error;
+use crate::kept::Arrivals;
 
 const PAGE: usize = TARGET_PAGE.bytes();
 
@@ -39,6 +40,8 @@ pub(super) struct Placing {
     populate: Option<Populate>,
     /// Where a postcopy may follow: which pages have come, also those that are zero.
     arrived: Option<Arc<Received>>,
+    /// Who writes the pages into a file.
+    writers: Option<Arrivals>,
 }
 
 impl Placing {
@@ -57,6 +60,7 @@ impl Placing {
             in_a_row: 0,
             populate: None,
             arrived: None,
+            writers: None,
         }
     }
 
@@ -64,6 +68,19 @@ impl Placing {
     pub(super) fn telling(mut self, arrived: Option<Arc<Received>>) -> Placing {
         self.arrived = arrived;
         self
+    }
+
+    /// Has those who write RAM into a file told of every page that may have changed.
+    pub(super) fn telling_writers(mut self, writers: Option<Arrivals>) -> Placing {
+        self.writers = writers;
+        self
+    }
+
+    /// A page has changed, and is as it is to be.
+    fn has_changed(&mut self, place: Place) {
+        if let Some(writers) = &mut self.writers {
+            writers.placed(self.blocks[place.block], TargetPage::containing(place.offset));
+        }
     }
 
     fn has_arrived(&self, place: Place) {
@@ -95,6 +112,7 @@ impl Placing {
     /// The content of a page has been placed.
     pub(super) fn placed(&mut self, place: Place) {
         self.has_arrived(place);
+        self.has_changed(place);
         let (word, bit) = Placing::word(place);
         self.received[place.block][word] |= bit;
         let follows = self.last.is_some_and(|last| next(last) == place);
@@ -124,6 +142,7 @@ impl Placing {
         }
         if !block.is_zero(TargetPage::containing(place.offset)) {
             block.write_zeros(place.offset, PAGE)?;
+            self.has_changed(place);
         }
         Ok(())
     }

@@ -4,19 +4,26 @@
 //! of 9.0 or later starts from it by itself.
 
 mod by_postcopy;
+mod disk;
 mod keeper;
 mod layout;
 mod open;
 mod restore;
+mod supply;
 mod touch;
+mod writers;
+mod writing;
 
+use std::num::NonZeroU8;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use by_postcopy::ByPostcopy;
+pub use disk::DirectIo;
 pub use open::KeptVm;
 pub use touch::Touch;
+pub(crate) use writers::Arrivals;
 
 use crate::address::Address;
 use crate::channel::Listener;
@@ -26,6 +33,30 @@ use crate::error::Error;
 use crate::report::{Report, Side};
 use crate::status::{FaultStats, MigrationInfo, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
+
+/// How the file of a kept VM is written and read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// By how many threads.
+    pub threads: NonZeroU8,
+    /// Whether past the page cache.
+    pub direct: DirectIo,
+}
+
+impl Access {
+    /// The most threads by default: no disk was found to be faster with more (docs/benchmarks.md).
+    const DEFAULT_THREADS_MAX: NonZeroU8 = NonZeroU8::new(4).expect("not zero");
+}
+
+impl Default for Access {
+    /// A thread for each processor, up to four, and direct I/O where it helps.
+    fn default() -> Access {
+        let processors = std::thread::available_parallelism().ok();
+        let threads = processors.and_then(|count| NonZeroU8::try_from(count).ok());
+        let threads = threads.unwrap_or(NonZeroU8::MIN).min(Access::DEFAULT_THREADS_MAX);
+        Access { threads, direct: DirectIo::Auto }
+    }
+}
 
 /// Takes one migration in and keeps it. Made first, so that the address is bound before the
 /// source is told to connect.
@@ -37,6 +68,7 @@ pub struct Receiver {
     placed: Arc<AtomicU64>,
     preempt: bool,
     touch: Touch,
+    access: Access,
 }
 
 /// What has been kept.
@@ -76,7 +108,8 @@ impl Receiver {
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
         let (placed, preempt, touch) = (Arc::default(), false, Touch::Nothing);
-        Ok(Receiver { listener, cancel, links, placed, preempt, touch })
+        let access = Access::default();
+        Ok(Receiver { listener, cancel, links, placed, preempt, touch, access })
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
@@ -89,6 +122,12 @@ impl Receiver {
     #[must_use]
     pub fn touching(self, touch: Touch) -> Receiver {
         Receiver { touch, ..self }
+    }
+
+    /// The file is written like this.
+    #[must_use]
+    pub fn writing_by(self, access: Access) -> Receiver {
+        Receiver { access, ..self }
     }
 
     /// Where it listens, the port chosen included; `None` for what is not listened to.
@@ -110,7 +149,7 @@ impl Receiver {
     /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
-        let mut keeper = keeper::Keeper::new(path, self.touch);
+        let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
         let channel = self.listener.accept("main", &self.cancel)?;
         let mut incoming = Incoming::new(channel).with_progress(self.placed.clone());
         let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());

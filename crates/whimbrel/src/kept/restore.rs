@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::{BlockIndex, PageSize, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{BlockIndex, GuestRam, PageSize, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
 use super::by_postcopy::{self, ByPostcopy};
-use super::{KeptVm, Progress, Stop, report};
+use super::supply::Supply;
+use super::{Access, KeptVm, Progress, Stop, report};
 use crate::address::Address;
 use crate::channel::{self, Channel};
 use crate::error::Error;
@@ -27,6 +28,7 @@ pub struct Restoring {
     pub(super) progress: Progress,
     pub(super) cancel: Cancel,
     pub(super) links: Links,
+    pub(super) access: Access,
 }
 
 impl KeptVm {
@@ -34,11 +36,18 @@ impl KeptVm {
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links })
+        let access = Access::default();
+        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links, access })
     }
 }
 
 impl Restoring {
+    /// The file is read like this; by postcopy always through the page cache.
+    #[must_use]
+    pub fn reading_by(self, access: Access) -> Restoring {
+        Restoring { access, ..self }
+    }
+
     /// What ends it from another thread.
     pub fn stopper(&self) -> Stop {
         Stop { cancel: self.cancel.clone(), links: self.links.clone() }
@@ -103,6 +112,7 @@ impl Restoring {
 /// What the stream says of a kept VM before its first page.
 pub(super) fn announce(
     vm: &KeptVm,
+    ram: &GuestRam,
     channel: Channel,
     postcopy: bool,
     units: &dyn Fn(BlockIndex) -> PageSize,
@@ -113,7 +123,7 @@ pub(super) fn announce(
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
     let announcement =
-        Announcement { configuration: &configuration, ram: &vm.ram, units, return_path, postcopy };
+        Announcement { configuration: &configuration, ram, units, return_path, postcopy };
     let early = |words: &mut Vec<u8>| vm.early.iter().for_each(|section| section.encode(words));
     let stream = announcement.send(channel, early)?;
     report.setup_is_done();
@@ -124,8 +134,10 @@ pub(super) fn announce(
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
     let channel = channel::connect("main", address, &restoring.cancel)?;
-    let mut stream = announce(vm, channel, false, &|_| TARGET_PAGE, report)?;
-    send_pages(vm, &mut stream, restoring)?;
+    let supply = Supply::start(vm, restoring.access, false, &restoring.cancel)?;
+    let mut stream = announce(vm, supply.ram(), channel, false, &|_| TARGET_PAGE, report)?;
+    send_pages(vm, &supply, &mut stream, restoring).map_err(|error| supply.explain(error))?;
+    drop(supply);
     report.set_status(MigrationStatus::Device);
     for section in &vm.devices.sections {
         section.encode(stream.out.words());
@@ -138,18 +150,30 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
     stream.out.into_channel().finish()
 }
 
-fn send_pages(vm: &KeptVm, stream: &mut Stream, restoring: &Restoring) -> Result<(), Error> {
+fn send_pages(
+    vm: &KeptVm,
+    supply: &Supply,
+    stream: &mut Stream,
+    restoring: &Restoring,
+) -> Result<(), Error> {
     let counters = &restoring.progress.0.counters;
     RAM_SECTION.encode_end(stream.out.words());
-    for (index, block) in vm.ram.blocks() {
+    for (index, block) in supply.ram().blocks() {
+        // What has been gathered since the last call to the kernel.
+        let mut gathered = 0;
         for page in (0..block.target_pages()).map(TargetPage) {
             match vm.is_present(index, page) {
                 true => stream.out.push_page(index, page),
                 false => stream.out.push_zero(index, page),
             }
             add(if vm.is_present(index, page) { &counters.normal } else { &counters.duplicate }, 1);
-            if stream.out.is_full() || stream.out.gathered() >= BATCH_MAX {
+            let block_ends = page.0 + 1 == block.target_pages();
+            if stream.out.is_full() || stream.out.gathered() >= BATCH_MAX || block_ends {
+                let pages = gathered..page.0 + 1;
+                gathered = pages.end;
+                supply.have(index, pages.clone())?;
                 stream.flush()?;
+                supply.sent(index, pages);
                 stream.check_answers()?;
                 set(&counters.transferred, stream.out.bytes());
                 set(&counters.remaining, block.len() - page.offset());
