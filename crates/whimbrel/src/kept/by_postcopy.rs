@@ -1,10 +1,9 @@
 //! Sending a kept VM by postcopy: its guest runs at the destination at once, on RAM that is still
 //! in the file.
 
-use std::time::Duration;
-
 use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE};
 
+use super::on_channels::ANSWER_MAX;
 use super::restore::{Restoring, announce};
 use super::{KeptVm, machine};
 use crate::address::Address;
@@ -14,9 +13,6 @@ use crate::settings::Parameters;
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
 use crate::source::setup::PINGS_AT_SETUP;
 use crate::status::MigrationStatus;
-
-/// How long a destination may take for its first answer, which costs it nothing.
-const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// How a kept VM goes by postcopy.
 #[derive(Clone, Debug, Default)]

@@ -13,10 +13,13 @@ use crate::error::Error;
 use crate::report::set;
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::source::multifd::{Channels, Crew, Terms};
-use crate::source::setup::{RAM_SECTION, Stream};
+use crate::source::setup::{PINGS_AT_SETUP, RAM_SECTION, Stream};
 
 /// How often it is looked whether the destination has something to say.
 const LOOK: Duration = Duration::from_millis(50);
+
+/// How long a destination may take for its first answer, which costs it nothing.
+pub(super) const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// How a kept VM goes on several channels. The destination has capability `multifd` on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +76,25 @@ pub(super) fn connect(
     let uuid = multifd.uuid.or(vm.configuration.uuid).unwrap_or_default();
     let dialect = dialect(&vm.machine(), multifd.zero_page_detection);
     Channels::connect(address, &restoring.cancel, uuid, dialect, &multifd.parameters()?)
+}
+
+/// A destination answers when all channels have come, and never when they are not as many as it
+/// waits for; a QEMU of version 7 then says so nowhere.
+pub(super) fn wait_for_answer(
+    address: &Address,
+    channels: &Channels,
+    stream: &mut Stream,
+) -> Result<(), Error> {
+    let Some(answers) = &mut stream.answers else { return Ok(()) };
+    match answers.pongs_within(stream.out.channel(), PINGS_AT_SETUP, ANSWER_MAX)? {
+        true => Ok(()),
+        false => Err(Error::Refused(format!(
+            "{address}: the destination has not answered within {} s: it may wait for another \
+             number of channels than {}: set capability multifd and the same multifd-channels there",
+            ANSWER_MAX.as_secs(),
+            channels.count()
+        ))),
+    }
 }
 
 /// Sends all pages, as the `ram` section's END.

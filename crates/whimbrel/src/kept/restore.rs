@@ -149,7 +149,10 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
     let dialect = channels.as_ref().map(Channels::dialect);
     let mut stream = announce(vm, channel, (false, dialect), &|_| TARGET_PAGE, report)?;
     match &mut channels {
-        Some(channels) => on_channels::send_pages(vm, channels, &mut stream, restoring)?,
+        Some(channels) => {
+            on_channels::wait_for_answer(address, channels, &mut stream)?;
+            on_channels::send_pages(vm, channels, &mut stream, restoring)?;
+        }
         None => send_pages(vm, &mut stream, restoring)?,
     }
     report.set_status(MigrationStatus::Device);

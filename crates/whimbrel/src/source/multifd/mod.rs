@@ -82,6 +82,11 @@ impl Channels {
         Ok(Channels { senders, dialect, stop, packets })
     }
 
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.senders.len()
+    }
+
     /// What ends the waits of all of them when one has failed: for the main channel to heed, too.
     pub(crate) fn stop(&self) -> &Cancel {
         &self.stop
