@@ -42,7 +42,9 @@ mod worker;
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
 pub use migrator::{Migrator, Start, Subscription};
-pub use settings::{Capabilities, Capability, Parameters, SettingError};
+pub use settings::{
+    Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
+};
 pub use status::{
     AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,
     RunState, SocketAddressInfo, XbzrleCacheStats,

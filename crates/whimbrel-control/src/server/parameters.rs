@@ -63,13 +63,18 @@ fn out_of_range(error: &SettingError) -> QmpError {
                 }
                 "max-cpu-throttle" => "an integer in the range of cpu_throttle_initial to 99",
                 "downtime-limit" => "an integer in the range of 0 to (2000 * 1000) ms",
+                "multifd-channels" => "a value between 1 and 255",
+                "multifd-zlib-level" => "a value between 0 and 9",
+                "multifd-zstd-level" => "a value between 0 and 20",
                 "xbzrle-cache-size" => "a power of two no less than the target page size",
                 _ => return QmpError::generic(error),
             };
             let name = name.replace('-', "_");
             QmpError::generic(format_args!("Parameter '{name}' expects {expected}"))
         }
-        SettingError::Running | SettingError::Needs { .. } => QmpError::generic(error),
+        SettingError::Running | SettingError::Needs { .. } | SettingError::Excludes { .. } => {
+            QmpError::generic(error)
+        }
     }
 }
 
