@@ -1,9 +1,10 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
@@ -107,6 +108,22 @@ impl Cancel {
         self.poll(&mut fds, timeout)
     }
 
+    /// The same, also until `beside` is set: then the descriptor counts as ready.
+    pub(crate) fn wait_or(
+        &self,
+        beside: &Cancel,
+        fd: BorrowedFd<'_>,
+        what: PollFlags,
+        timeout: Option<Duration>,
+    ) -> io::Result<Woken> {
+        let mut fds = [
+            PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(beside.shared.wake.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(fd, what),
+        ];
+        self.poll(&mut fds, timeout)
+    }
+
     /// Waits until one of `fds` can be read, for `timeout` at most.
     pub(crate) fn wait_any(&self, fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Woken> {
         let wake = std::iter::once(self.shared.wake.as_fd());
@@ -140,17 +157,43 @@ impl Cancel {
     }
 }
 
+/// What a migration's peer is at the other end of, or will be.
+pub(crate) trait Shut: fmt::Debug + Send + Sync {
+    /// Ends every wait on it, at once, and has every later one fail.
+    fn shut_down(&self);
+}
+
 /// The connections of a migration as one thing that can be broken: on request (`migrate-pause`),
-/// by the first thread that meets an error, or at the end of it all.
+/// by the first thread that meets an error, or at the end of it all. And as sockets that can be shut
+/// down under whoever waits on them (`yank`), which is as if the peer or the network had done it.
 #[derive(Clone, Debug)]
 pub(crate) struct Links {
     current: Arc<Mutex<Cancel>>,
     ended: Cancel,
+    ends: Arc<Mutex<Vec<Weak<dyn Shut>>>>,
 }
 
 impl Links {
     pub(crate) fn new() -> io::Result<Links> {
-        Ok(Links { current: Arc::new(Mutex::new(Cancel::new()?)), ended: Cancel::new()? })
+        let current = Arc::new(Mutex::new(Cancel::new()?));
+        Ok(Links { current, ended: Cancel::new()?, ends: Arc::default() })
+    }
+
+    /// From now on, for as long as it is there, `end` is one of those to be shut down.
+    pub(crate) fn join(&self, end: Weak<dyn Shut>) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.retain(|other| other.strong_count() > 0);
+        ends.push(end);
+    }
+
+    /// Shuts down every connection there is.
+    pub(crate) fn shut_down(&self) {
+        let ends: Vec<Arc<dyn Shut>> = {
+            let ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+            ends.iter().filter_map(Weak::upgrade).collect()
+        };
+        // Without the lock: the kernel may have to wait for one that is just being used.
+        ends.iter().for_each(|end| end.shut_down());
     }
 
     /// What ends the waits on the connections there are now.

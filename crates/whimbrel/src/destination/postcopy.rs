@@ -243,7 +243,7 @@ fn receive(
     let arriving = Arriving::new(absent, asked, blocks, new_cancel()?);
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
-    let mut output = input.channel().other_direction("return path")?;
+    let mut output = input.channel().other_direction("return path");
     // Not what ends its other waits: at the end `dest/main` waits for this thread, which may be
     // waiting for a source that reads no answer.
     output.heed(links.clone());

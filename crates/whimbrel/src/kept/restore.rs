@@ -123,7 +123,7 @@ pub(super) fn announce(
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let channel = channel::connect("main", address, &restoring.cancel)?;
+    let channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
     let mut stream = announce(vm, channel, false, &|_| TARGET_PAGE, report)?;
     send_pages(vm, &mut stream, restoring)?;
     report.set_status(MigrationStatus::Device);

@@ -129,7 +129,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
 
 /// Connects, and begins to watch what the guest writes.
 fn prepare(job: &Job) -> Result<(Stream, PageMap, Logging<'_>), Error> {
-    let channel = channel::connect("main", &job.address, &job.cancel)?;
+    let channel = channel::connect("main", &job.address, &job.cancel, &job.links)?;
     if job.wants_answers() && !channel.is_two_way() {
         return Err(Error::Refused(format!(
             "{}: capabilities return-path and postcopy-ram need a way back, which this transport \
@@ -186,7 +186,7 @@ fn guest_first(
         answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
         let agreed = answers.agreed();
         let urgent = match job.has(Capability::PostcopyPreempt) {
-            true => Some(postcopy::open_urgent(&job.address, &job.cancel)?),
+            true => Some(postcopy::open_urgent(&job.address, &job.cancel, &job.links)?),
             false => None,
         };
         switchover::stop(job, held)?;
