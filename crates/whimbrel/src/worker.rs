@@ -1,5 +1,6 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -27,6 +28,8 @@ pub(crate) enum Role {
     DestinationUrgent,
     /// Loads the devices, and runs the guest.
     DestinationLoad,
+    /// Loads devices beside the thread that began to.
+    DestinationLoader(u8),
     /// Makes huge pages of small ones that have all arrived.
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
@@ -35,8 +38,8 @@ pub(crate) enum Role {
 
 impl Role {
     /// 15 bytes at most, or the kernel cuts it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
+    pub(crate) fn name(self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
             Role::SourceMain => "source/main",
             Role::DestinationMain => "dest/main",
             Role::SourceUrgent => "source/urgent",
@@ -44,9 +47,10 @@ impl Role {
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
+            Role::DestinationLoader(number) => return format!("dest/load-{number}").into(),
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
-        }
+        })
     }
 }
 
@@ -231,7 +235,7 @@ pub(crate) fn scoped<'s, T: Send + 's>(
     role: Role,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
-    thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
+    thread::Builder::new().name(role.name().into_owned()).spawn_scoped(scope, work)
 }
 
 /// A running thread. Dropping it wakes it and waits for its end.
@@ -248,7 +252,7 @@ impl Worker {
         cancel: Cancel,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<Worker> {
-        let handle = thread::Builder::new().name(role.name().into()).spawn(work)?;
+        let handle = thread::Builder::new().name(role.name().into_owned()).spawn(work)?;
         Ok(Worker { handle: Some(handle), cancel })
     }
 
@@ -290,6 +294,7 @@ mod tests {
             Role::DestinationFault,
             Role::DestinationUrgent,
             Role::DestinationLoad,
+            Role::DestinationLoader(255),
             Role::DestinationRestore,
             Role::DestinationTouch,
         ] {
