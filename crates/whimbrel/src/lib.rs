@@ -32,6 +32,7 @@ pub mod kept;
 mod latency;
 mod loaders;
 mod migrator;
+mod packing;
 mod plan;
 mod report;
 mod settings;
@@ -44,6 +45,7 @@ pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, Soc
 pub use error::Error;
 pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
+pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
 };

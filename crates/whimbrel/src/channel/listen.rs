@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -48,6 +48,15 @@ struct Bound<L> {
 impl<L> Bound<L> {
     fn new(listener: L) -> Arc<Bound<L>> {
         Arc::new(Bound { listener, shut: AtomicBool::new(false) })
+    }
+
+    /// What `accept` gives, unless it has been shut down.
+    fn next<T>(&self, accept: impl Fn(&L) -> io::Result<T>) -> io::Result<T> {
+        let shut = || self.shut.load(Ordering::SeqCst);
+        match accept(&self.listener) {
+            Err(_) if shut() => Err(end::shut_on_request()),
+            accepted => accepted,
+        }
     }
 }
 
@@ -109,31 +118,67 @@ impl Listener {
         }
     }
 
+    /// Takes a connection that is there already, as `name`; `None` when none is. Of what is not
+    /// listened to there is one.
+    pub(crate) fn accept_now(
+        &self,
+        name: &'static str,
+        cancel: &Cancel,
+    ) -> Result<Option<Channel>, Error> {
+        let accepted = match &self.socket {
+            Socket::Tcp(bound) => bound.next(TcpListener::accept).and_then(|(stream, _)| {
+                stream.set_nodelay(true)?;
+                Ok((OwnedFd::from(stream), Kind::Socket))
+            }),
+            Socket::Unix(bound, _file) => bound
+                .next(UnixListener::accept)
+                .map(|(stream, _)| (OwnedFd::from(stream), Kind::Socket)),
+            Socket::Direct => open(&self.address),
+        };
+        let error = |source| open_error(&self.address, source, cancel);
+        match accepted {
+            Ok((fd, kind)) => {
+                let channel = Channel::new(name, fd, kind, cancel).map_err(error)?;
+                Ok(Some(match &self.links {
+                    Some(links) => channel.joined(links),
+                    None => channel,
+                }))
+            }
+            // One that went away between connecting and being accepted is none.
+            Err(source)
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(source) => Err(error(source)),
+        }
+    }
+
+    /// What can be read when a connection has come, where there is one to wait for.
+    pub(crate) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.socket {
+            Socket::Tcp(bound) => Some(bound.listener.as_fd()),
+            Socket::Unix(bound, _file) => Some(bound.listener.as_fd()),
+            Socket::Direct => None,
+        }
+    }
+
     /// Waits for the source's next channel, which gets `name`. The address is taken until the
     /// listener goes.
     pub(crate) fn accept(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {
-        let address = &self.address;
-        let (fd, kind) = match &self.socket {
-            Socket::Tcp(bound) => {
-                let next = |listener: &TcpListener| listener.accept().map(|(stream, _)| stream);
-                accept(bound, cancel, next).and_then(|stream| {
-                    stream.set_nodelay(true)?;
-                    Ok((OwnedFd::from(stream), Kind::Socket))
-                })
+        loop {
+            if let Some(channel) = self.accept_now(name, cancel)? {
+                return Ok(channel);
             }
-            Socket::Unix(bound, _file) => {
-                let next = |listener: &UnixListener| listener.accept().map(|(stream, _)| stream);
-                accept(bound, cancel, next).map(|stream| (OwnedFd::from(stream), Kind::Socket))
+            let Some(listener) = self.as_fd() else { continue };
+            let woken = cancel.wait(listener, PollFlags::IN, None);
+            if woken.map_err(Error::system("waiting for a connection"))? == Woken::Cancelled {
+                return Err(Error::Cancelled);
             }
-            Socket::Direct => open(address),
         }
-        .map_err(|source| open_error(address, source, cancel))?;
-        let channel = Channel::new(name, fd, kind, cancel)
-            .map_err(|source| open_error(address, source, cancel))?;
-        Ok(match &self.links {
-            Some(links) => channel.joined(links),
-            None => channel,
-        })
     }
 }
 
@@ -172,27 +217,4 @@ fn unix(path: &Path) -> io::Result<Socket> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(Socket::Unix(Bound::new(listener), file))
-}
-
-fn accept<L: AsFd, T>(
-    bound: &Bound<L>,
-    cancel: &Cancel,
-    next: impl Fn(&L) -> io::Result<T>,
-) -> io::Result<T> {
-    loop {
-        if bound.shut.load(Ordering::SeqCst) {
-            return Err(end::shut_on_request());
-        }
-        match next(&bound.listener) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if cancel.wait(bound.listener.as_fd(), PollFlags::IN, None)? == Woken::Cancelled {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
-            }
-            // A source that went away between connecting and being accepted is none.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            Err(_) if bound.shut.load(Ordering::SeqCst) => {}
-            result => return result,
-        }
-    }
 }
