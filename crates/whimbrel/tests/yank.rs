@@ -40,8 +40,14 @@ fn yank(side: &Side, what: &str) -> (MigrationStatus, String) {
 }
 
 /// The source hangs on its way to `address`, is yanked, and goes on as if nothing had been.
-fn expect_source_freed(address: &Address, hangs: MigrationStatus, what: &str) {
+fn expect_source_freed(
+    address: &Address,
+    capabilities: &[Capability],
+    hangs: MigrationStatus,
+    what: &str,
+) {
     let source = Side::running(&config());
+    source.switch_on(capabilities);
     source.migrator.yank().expect_err("there is nothing to be yanked");
     source.migrator.update_parameters(|p| p.max_bandwidth = 0).expect("allowed");
     source.migrator.migrate(address.clone()).expect("it starts");
@@ -54,6 +60,8 @@ fn expect_source_freed(address: &Address, hangs: MigrationStatus, what: &str) {
     assert!(error.contains("shut down on request (yank)"), "{what}: {error}");
     source.migrator.yank().expect_err("it is over");
     source.expect_healthy(what);
+    let off: Vec<_> = capabilities.iter().map(|&one| (one, false)).collect();
+    source.migrator.set_capabilities(&off).expect("no migration runs");
     expect_movable(&source, &config(), what);
 }
 
@@ -64,16 +72,18 @@ fn a_source_that_nobody_reads_from_is_free_at_once() {
         let there = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = there.local_addr().expect("its address").port();
         let address = Address::Tcp { host: "127.0.0.1".into(), port };
-        expect_source_freed(&address, MigrationStatus::Active, "tcp");
+        expect_source_freed(&address, &[], MigrationStatus::Active, "tcp");
+        let multifd = [Capability::Multifd];
+        expect_source_freed(&address, &multifd, MigrationStatus::Active, "multifd");
 
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join("there");
         let _there = UnixListener::bind(&path).expect("a socket");
-        expect_source_freed(&Address::Unix(path), MigrationStatus::Active, "unix");
+        expect_source_freed(&Address::Unix(path), &[], MigrationStatus::Active, "unix");
 
         // No socket at all: a pipe that nobody reads.
         let sleeper = "exec:sleep 3600".parse().expect("an address");
-        expect_source_freed(&sleeper, MigrationStatus::Active, "exec");
+        expect_source_freed(&sleeper, &[], MigrationStatus::Active, "exec");
     }
     alone.expect_nothing_left("yanked sources");
 }
@@ -94,7 +104,7 @@ fn a_source_that_is_not_even_accepted_is_free_at_once() {
         let _queued = TcpStream::connect(address).expect("there is room for one");
         let port = address.port();
         let there = Address::Tcp { host: "127.0.0.1".into(), port };
-        expect_source_freed(&there, MigrationStatus::Setup, "connecting");
+        expect_source_freed(&there, &[], MigrationStatus::Setup, "connecting");
     }
     alone.expect_nothing_left("a yanked connect");
 }
@@ -157,6 +167,22 @@ fn a_destination_that_nobody_comes_to_is_free_at_once() {
         }
     }
     alone.expect_nothing_left("yanked listeners");
+}
+
+#[test]
+fn a_destination_whose_other_channels_do_not_come_is_free_at_once() {
+    let alone = Alone::begin();
+    {
+        let destination = Side::waiting(&config(), true);
+        destination.switch_on(&[Capability::Multifd]);
+        let mut source = FarSource::connect(&destination.listen("tcp:127.0.0.1:0"), &config());
+        source.begin().send();
+        std::thread::sleep(Duration::from_millis(20));
+        let (status, error) = yank(&destination, "multifd");
+        assert_eq!(status, MigrationStatus::Failed, "{error}");
+        assert!(error.contains("shut down on request (yank)"), "{error}");
+    }
+    alone.expect_nothing_left("a yanked destination that waits for channels");
 }
 
 #[test]
