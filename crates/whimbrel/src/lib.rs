@@ -31,6 +31,7 @@ mod hello;
 pub mod kept;
 mod latency;
 mod migrator;
+mod packing;
 mod plan;
 mod report;
 mod settings;
@@ -42,6 +43,7 @@ mod worker;
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
 pub use migrator::{Migrator, Start, Subscription};
+pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
 };
