@@ -11,6 +11,7 @@ mod file_access;
 mod inspect;
 mod migrate;
 mod monitor;
+mod multifd_options;
 mod progress;
 mod receive;
 mod restore;

@@ -11,6 +11,7 @@ use whimbrel_vm::{ParseError, parse_page_size, parse_size};
 
 use crate::failure::Failure;
 use crate::file_access::FileAccess;
+use crate::multifd_options::MultifdOptions;
 use crate::progress::{Line, describe, mib};
 use crate::signals::OnSignal;
 
@@ -36,6 +37,8 @@ pub(crate) struct Restore {
     bandwidth: u64,
     #[command(flatten)]
     access: FileAccess,
+    #[command(flatten)]
+    multifd: MultifdOptions,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -59,7 +62,10 @@ impl Restore {
                 "--direct-io: by postcopy the file is read through the page cache: leave it out",
             ));
         }
-        let restoring = vm.restoring()?.reading_by(self.access.access());
+        let restoring = vm
+            .restoring()?
+            .reading_by(self.access.access())
+            .with_multifd(self.multifd.to_multifd());
         let stop = restoring.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         let progress = restoring.progress();

@@ -30,7 +30,9 @@ mod guest;
 mod hello;
 pub mod kept;
 mod latency;
+mod loaders;
 mod migrator;
+mod packing;
 mod plan;
 mod report;
 mod settings;
@@ -41,7 +43,9 @@ mod worker;
 
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
+pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
+pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
 };

@@ -11,13 +11,15 @@ use whimbrel_wire::{
 };
 
 use super::ahead::Ahead;
+use super::held::HeldSections;
 use super::input::Input;
+use super::multifd::{Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
-use crate::channel::Channel;
+use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
 use crate::hello::Features;
-use crate::kept::Arrivals;
+use crate::kept::Changes;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -37,7 +39,7 @@ pub(crate) trait Host: Send {
     fn ram_is_fresh(&self) -> bool;
 
     /// What is to be told of every page that is placed in that RAM, other than by postcopy.
-    fn arrivals(&self) -> Option<Arrivals> {
+    fn changes(&self) -> Option<Changes> {
         None
     }
 
@@ -86,11 +88,16 @@ pub(crate) enum Devices {
 #[derive(Debug)]
 pub(crate) struct Incoming {
     input: Input,
+    /// Multifd channels that wait for the RAM they are to fill.
+    channels: Vec<Channel>,
+    receivers: Option<Receivers>,
+    /// Ends the waits of all channels when one has failed.
+    stop: Cancel,
     placing: Option<Placing>,
     ahead: Ahead,
     return_path: bool,
     own_machine: bool,
-    sections: Vec<DeviceSection>,
+    sections: HeldSections,
     loaded: bool,
     placed: Arc<AtomicU64>,
     /// A postcopy of RAM may follow.
@@ -111,14 +118,18 @@ struct Setup {
 }
 
 impl Incoming {
-    pub(crate) fn new(channel: Channel) -> Incoming {
+    pub(crate) fn new(arrivals: Arrivals) -> Incoming {
+        let Arrivals { main, multifd, stop, .. } = arrivals;
         Incoming {
-            input: Input::new(channel, MainDecoder::new(MainOptions::default())),
+            input: Input::new(main, MainDecoder::new(MainOptions::default())),
+            channels: multifd,
+            receivers: None,
+            stop,
             placing: None,
             ahead: Ahead::default(),
             return_path: false,
             own_machine: false,
-            sections: Vec::new(),
+            sections: HeldSections::default(),
             loaded: false,
             placed: Arc::default(),
             advised: false,
@@ -135,6 +146,16 @@ impl Incoming {
     /// Takes the stream in up to where its guest may run, because the source has given up the
     /// right, or up to the package of a postcopy.
     pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<Arrived, Error> {
+        let result = self.receive_stream(host);
+        // Whatever this thread met when it was woken, that was first.
+        let first = self.receivers.as_ref().and_then(Receivers::take_failure);
+        match (result, first) {
+            (Err(_), Some(error)) => Err(error),
+            (result, _) => result,
+        }
+    }
+
+    fn receive_stream(&mut self, host: &mut dyn Host) -> Result<Arrived, Error> {
         loop {
             self.read_ahead()?;
             let return_path = self.return_path;
@@ -145,11 +166,11 @@ impl Incoming {
             match next {
                 Some(Decoded::Ram(record)) => self.record(record)?,
                 Some(Decoded::Eof) => {
-                    let own = std::mem::take(&mut self.sections);
+                    let own = self.sections.take();
                     return self.load(host, Devices::Own(own)).map(|()| Arrived::Whole);
                 }
                 Some(Decoded::DeviceState(state)) => {
-                    let early = std::mem::take(&mut self.sections);
+                    let early = self.sections.take();
                     let devices = Devices::Qemu { early, state };
                     return self.load(host, devices).map(|()| Arrived::Whole);
                 }
@@ -183,6 +204,13 @@ impl Incoming {
         };
         // With it goes the thread that populates memory: what has not come must stay untouched.
         self.placing = None;
+        let channels = match self.receivers.take() {
+            Some(receivers) => {
+                let goes_on = self.agreed.has(Features::MULTIFD_GOES_ON);
+                receivers.retire(goes_on).map_err(Failed::Before)?
+            }
+            None => Vec::new(),
+        };
         let begun = Begun {
             input: &mut self.input,
             announced,
@@ -191,8 +219,9 @@ impl Incoming {
             received,
             agreed: self.agreed,
             own_machine: self.own_machine,
-            early: std::mem::take(&mut self.sections),
+            early: self.sections.take(),
             len: package,
+            channels,
         };
         postcopy::run(begun, host, terms)
     }
@@ -212,7 +241,7 @@ impl Incoming {
     fn finish_at_close(&mut self, host: &mut dyn Host) -> Result<(), Error> {
         match self.input.close()? {
             Some(state) => {
-                let early = std::mem::take(&mut self.sections);
+                let early = self.sections.take();
                 self.load(host, Devices::Qemu { early, state: Box::new(state) })
             }
             None => Err(self.input.ended("the rest of the migration")),
@@ -245,8 +274,7 @@ impl Incoming {
                 section.header.name
             ))),
             Decoded::DeviceSection(section) => {
-                self.sections.push(section);
-                Ok(())
+                self.sections.push(section, self.input.decoder().offset())
             }
             Decoded::MappedBlock { .. } => Err(Error::Refused(
                 "main channel: this is a kept VM's file (mapped-ram), not a stream: \
@@ -272,9 +300,23 @@ impl Incoming {
         };
         let blocks: Vec<BlockIndex> = announced.iter().map(|(_, info)| place(info)).collect();
         let received = self.advised.then(|| Arc::new(Received::new(&ram)));
-        let placing = Placing::new(ram.clone(), blocks.clone(), host.ram_is_fresh());
-        let placing = placing.telling(received.clone()).telling_writers(host.arrivals());
-        self.placing = Some(placing.populating_ahead()?);
+        let target = Arc::new(Target {
+            content: Arc::new(Received::new(&ram)),
+            ram: ram.clone(),
+            fresh: host.ram_is_fresh(),
+            arrived: received.clone(),
+            placed: self.placed.clone(),
+            changes: host.changes(),
+        });
+        if !self.channels.is_empty() {
+            let channels = std::mem::take(&mut self.channels);
+            self.receivers = Some(Receivers::start(channels, &target, &self.stop)?);
+        }
+        let mut placing = Placing::new(target, blocks.clone());
+        if self.receivers.is_none() {
+            placing = placing.populating_ahead()?;
+        }
+        self.placing = Some(placing);
         self.setup = Some(Setup { announced, ram, blocks, received });
         Ok(())
     }
@@ -325,7 +367,7 @@ impl Incoming {
             Command::Ping(value) => {
                 // Behind the devices of our own machines the question is whether they load.
                 if self.own_machine && !self.sections.is_empty() {
-                    let own = std::mem::take(&mut self.sections);
+                    let own = self.sections.take();
                     self.load(host, Devices::Own(own))?;
                 }
                 self.answer(&ReturnMessage::Pong(value))
@@ -363,10 +405,18 @@ impl Incoming {
                 placing.placed(place);
                 Ok(())
             }
-            RamRecord::EndOfSection => Ok(()),
-            RamRecord::MultifdFlush => {
-                Err(unsupported("a multifd stream (switch capability multifd off at the source)"))
-            }
+            RamRecord::EndOfSection => match &mut self.receivers {
+                Some(receivers) => receivers.section_ends(),
+                None => Ok(()),
+            },
+            RamRecord::MultifdFlush => match &mut self.receivers {
+                Some(receivers) => receivers.mark(),
+                None => Err(Error::Refused(
+                    "main channel: the source has capability multifd on and this side has not: \
+                     set the same on both sides, and the same multifd-channels"
+                        .into(),
+                )),
+            },
         }
     }
 

@@ -9,7 +9,7 @@ use whimbrel_wire::{
 };
 
 use super::touch::{self, Touch};
-use super::writers::Arrivals;
+use super::writers::Changes;
 use super::writing::Writing;
 use super::{Access, KeptSummary};
 use crate::destination::incoming::{Devices, Host};
@@ -33,6 +33,8 @@ pub(super) struct Keeper {
     ahead: Option<Devices>,
     touch: Touch,
     toucher: Option<Worker>,
+    /// The UUID that multifd channels told, if any.
+    uuid: Option<[u8; 16]>,
 }
 
 impl Keeper {
@@ -48,7 +50,19 @@ impl Keeper {
             ahead: None,
             touch,
             toucher: None,
+            uuid: None,
         }
+    }
+
+    /// The VM has this UUID, unless it is zero: kept, because multifd channels to its next host
+    /// have to tell it again.
+    pub(super) fn is_of(&mut self, uuid: [u8; 16]) {
+        self.uuid = Some(uuid).filter(|uuid| *uuid != [0; 16]);
+    }
+
+    /// The guest comes first: its RAM is complete only when all of it has followed.
+    pub(super) fn pause(&mut self) -> Result<(), Error> {
+        self.writing.as_mut().map_or(Ok(()), Writing::pause)
     }
 
     /// RAM of a guest that came first is complete: everything goes to the disk.
@@ -112,7 +126,9 @@ impl Host for Keeper {
                     .into(),
             ));
         }
-        self.configuration = Some(configuration.clone());
+        let mut configuration = configuration.clone();
+        configuration.uuid = configuration.uuid.or(self.uuid);
+        self.configuration = Some(configuration);
         Ok(())
     }
 
@@ -140,8 +156,8 @@ impl Host for Keeper {
         true // Made above.
     }
 
-    fn arrivals(&self) -> Option<Arrivals> {
-        self.writing.as_ref().map(Writing::arrivals)
+    fn changes(&self) -> Option<Changes> {
+        self.writing.as_ref().map(Writing::changes)
     }
 
     fn takes_postcopy(&self) -> bool {

@@ -7,6 +7,8 @@ mod by_postcopy;
 mod disk;
 mod keeper;
 mod layout;
+mod machine;
+mod on_channels;
 mod open;
 mod restore;
 mod supply;
@@ -21,12 +23,14 @@ use std::sync::atomic::AtomicU64;
 
 pub use by_postcopy::ByPostcopy;
 pub use disk::DirectIo;
+pub use on_channels::Multifd;
 pub use open::KeptVm;
+pub(crate) use supply::Supply;
 pub use touch::Touch;
-pub(crate) use writers::Arrivals;
+pub(crate) use writers::Changes;
 
 use crate::address::Address;
-use crate::channel::Listener;
+use crate::channel::{Arrivals, Listener};
 use crate::destination::incoming::{Arrived, Incoming};
 use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
@@ -67,6 +71,7 @@ pub struct Receiver {
     links: Links,
     placed: Arc<AtomicU64>,
     preempt: bool,
+    multifd: u8,
     touch: Touch,
     access: Access,
 }
@@ -107,15 +112,21 @@ impl Receiver {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
-        let (placed, preempt, touch) = (Arc::default(), false, Touch::Nothing);
+        let (placed, preempt, multifd, touch) = (Arc::default(), false, 0, Touch::Nothing);
         let access = Access::default();
-        Ok(Receiver { listener, cancel, links, placed, preempt, touch, access })
+        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch, access })
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
     #[must_use]
     pub fn with_preempt(self, preempt: bool) -> Receiver {
         Receiver { preempt, ..self }
+    }
+
+    /// The source has capability `multifd` on, and as many `multifd-channels`; 0 is without.
+    #[must_use]
+    pub fn with_multifd(self, channels: u8) -> Receiver {
+        Receiver { multifd: channels, ..self }
     }
 
     /// In a postcopy, pages are touched in this order while they come.
@@ -150,8 +161,9 @@ impl Receiver {
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
-        let channel = self.listener.accept("main", &self.cancel)?;
-        let mut incoming = Incoming::new(channel).with_progress(self.placed.clone());
+        let arrivals = Arrivals::wait(&self.listener, self.multifd, &self.cancel)?;
+        keeper.is_of(arrivals.uuid);
+        let mut incoming = Incoming::new(arrivals).with_progress(self.placed.clone());
         let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());
         let Ok(summary) = kept else {
             incoming.fail();
@@ -169,6 +181,7 @@ impl Receiver {
         report: &Report,
     ) -> Result<(), Error> {
         let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+        keeper.pause()?;
         let terms = Terms {
             report,
             links: &self.links,

@@ -7,6 +7,7 @@ use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
 use super::by_postcopy::{self, ByPostcopy};
+use super::on_channels::{self, Multifd};
 use super::supply::Supply;
 use super::{Access, KeptVm, Progress, Stop, report};
 use crate::address::Address;
@@ -14,6 +15,7 @@ use crate::channel::{self, Channel};
 use crate::error::Error;
 use crate::report::{Report, add, get, set};
 use crate::source::handover;
+use crate::source::multifd::{Channels, Dialect};
 use crate::source::postcopy::Failed;
 use crate::source::setup::{Announcement, RAM_SECTION, Stream};
 use crate::status::{MigrationInfo, MigrationStatus};
@@ -29,6 +31,7 @@ pub struct Restoring {
     pub(super) cancel: Cancel,
     pub(super) links: Links,
     pub(super) access: Access,
+    multifd: Option<Multifd>,
 }
 
 impl KeptVm {
@@ -36,8 +39,8 @@ impl KeptVm {
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
-        let access = Access::default();
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links, access })
+        let (progress, access) = (Progress(Arc::new(report())), Access::default());
+        Ok(Restoring { progress, cancel, links, access, multifd: None })
     }
 }
 
@@ -46,6 +49,12 @@ impl Restoring {
     #[must_use]
     pub fn reading_by(self, access: Access) -> Restoring {
         Restoring { access, ..self }
+    }
+
+    /// Sends the pages on several channels, in precopy.
+    #[must_use]
+    pub fn with_multifd(self, multifd: Option<Multifd>) -> Restoring {
+        Restoring { multifd, ..self }
     }
 
     /// What ends it from another thread.
@@ -114,7 +123,7 @@ pub(super) fn announce(
     vm: &KeptVm,
     ram: &GuestRam,
     channel: Channel,
-    postcopy: bool,
+    (postcopy, multifd): (bool, Option<Dialect>),
     units: &dyn Fn(BlockIndex) -> PageSize,
     report: &Report,
 ) -> Result<Stream, Error> {
@@ -123,7 +132,7 @@ pub(super) fn announce(
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
     let announcement =
-        Announcement { configuration: &configuration, ram, units, return_path, postcopy };
+        Announcement { configuration: &configuration, ram, units, return_path, postcopy, multifd };
     let early = |words: &mut Vec<u8>| vm.early.iter().for_each(|section| section.encode(words));
     let stream = announcement.send(channel, early)?;
     report.setup_is_done();
@@ -133,10 +142,27 @@ pub(super) fn announce(
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let channel = channel::connect("main", address, &restoring.cancel)?;
-    let supply = Supply::start(vm, restoring.access, false, &restoring.cancel)?;
-    let mut stream = announce(vm, supply.ram(), channel, false, &|_| TARGET_PAGE, report)?;
-    send_pages(vm, &supply, &mut stream, restoring).map_err(|error| supply.explain(error))?;
+    let mut channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
+    let mut channels = match &restoring.multifd {
+        Some(multifd) => Some(on_channels::connect(vm, address, multifd, restoring)?),
+        None => None,
+    };
+    if let Some(channels) = &channels {
+        channel.heed(channels.stop().clone());
+    }
+    let dialect = channels.as_ref().map(Channels::dialect);
+    let looked_at = restoring.multifd.as_ref().is_some_and(Multifd::looks_at_pages);
+    let supply = Supply::start(vm, restoring.access, looked_at, &restoring.cancel)?;
+    let mut stream =
+        announce(vm, supply.ram(), channel, (false, dialect), &|_| TARGET_PAGE, report)?;
+    let sent = match &mut channels {
+        Some(channels) => {
+            on_channels::wait_for_answer(address, channels, &mut stream)?;
+            on_channels::send_pages(vm, &supply, channels, &mut stream, restoring)
+        }
+        None => send_pages(vm, &supply, &mut stream, restoring),
+    };
+    sent.map_err(|error| supply.explain(error))?;
     drop(supply);
     report.set_status(MigrationStatus::Device);
     for section in &vm.devices.sections {
@@ -147,6 +173,10 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
     let result = handover::commit(&mut stream, vm.devices.vmdesc.as_ref().unwrap_or(&empty));
     set(&report.counters.transferred, stream.out.bytes());
     result?;
+    if let Some(channels) = channels {
+        // The destination has everything, and has said so where it can.
+        let _ = channels.finish();
+    }
     stream.out.into_channel().finish()
 }
 

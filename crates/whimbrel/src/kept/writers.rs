@@ -1,7 +1,7 @@
 //! The threads that write a guest's RAM into its file, also while it is still arriving.
 //!
-//! RAM is written in chunks. Whoever places a page marks it *after* its content is there and offers
-//! its chunk once the stream has gone on to another; a writer takes the marks away *before* it
+//! RAM is written in chunks. Whoever places a page marks it *after* its content is there, and offers
+//! its chunk when as many pages have come as it has; a writer takes the marks away *before* it
 //! looks at the pages. So a page that changes while it is written, or later, is marked again, and a
 //! chunk that is marked when nothing arrives any more is written once more, at the end. One writer
 //! at a time has a chunk: an older content never overwrites a newer one, and the bits of its pages
@@ -43,6 +43,8 @@ struct Chunk {
     block: BlockIndex,
     pages: Range<u64>,
     state: AtomicU8,
+    /// Pages that have come since it was last looked at.
+    came: AtomicU64,
     /// Pages that were placed after they were last looked at.
     marked: [AtomicU64; WORDS],
     /// Pages that were not zero when they were last looked at. Its writer alone changes it.
@@ -98,12 +100,10 @@ pub(super) struct Writers {
     workers: Vec<Worker>,
 }
 
-/// To be told of each page that has been placed, by each thread that places pages on its own clone.
+/// To be told of the pages that come, by all threads that place them. Cheap to clone.
 #[derive(Clone, Debug)]
-pub(crate) struct Arrivals {
+pub(crate) struct Changes {
     shared: Arc<Shared>,
-    /// The chunk of the page before.
-    last: Option<usize>,
 }
 
 impl Writers {
@@ -124,6 +124,7 @@ impl Writers {
                 block: index,
                 pages: start..pages.min(start + PAGES),
                 state: AtomicU8::new(IDLE),
+                came: AtomicU64::new(0),
                 marked: Default::default(),
                 present: Default::default(),
             }));
@@ -151,10 +152,11 @@ impl Writers {
         Ok(writers)
     }
 
-    /// What is to be told of every page from now on, whatever road it comes by.
-    pub(super) fn arrivals(&self) -> Arrivals {
+    /// What is to be told of every page from now on, whatever road it comes by, but for those of a
+    /// postcopy.
+    pub(super) fn changes(&self) -> Changes {
         self.shared.told.store(true, Ordering::Relaxed);
-        Arrivals { shared: self.shared.clone(), last: None }
+        Changes { shared: self.shared.clone() }
     }
 
     /// Nothing arrives any more: has everything written that has not been. Where nobody told of
@@ -213,15 +215,23 @@ impl Drop for Writers {
     }
 }
 
-impl Arrivals {
-    /// A page has been placed, also one that had content before and is zero now.
-    pub(crate) fn placed(&mut self, block: BlockIndex, page: TargetPage) {
-        let chunk = usize::try_from(page.0 / PAGES).expect("RAM fits in memory");
-        let place = self.shared.first_chunks[block.index()] + chunk;
-        self.shared.chunks[place].mark(page.0);
-        if let Some(before) = self.last.replace(place).filter(|&before| before != place) {
-            self.shared.offer(before);
+impl Changes {
+    /// Pages have changed, and are as they are to be.
+    pub(crate) fn placed(&self, block: BlockIndex, pages: Range<u64>) {
+        let mut start = pages.start;
+        while start < pages.end {
+            let place = self.shared.place_of(block, start);
+            let chunk = &self.shared.chunks[place];
+            let end = pages.end.min(chunk.pages.end);
+            (start..end).for_each(|page| chunk.mark(page));
+            self.shared.count(place, end - start);
+            start = end;
         }
+    }
+
+    /// A page that was zero is zero.
+    pub(crate) fn stays_zero(&self, block: BlockIndex, page: TargetPage) {
+        self.shared.count(self.shared.place_of(block, page.0), 1);
     }
 }
 
@@ -248,6 +258,22 @@ impl Chunk {
 impl Shared {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn place_of(&self, block: BlockIndex, page: u64) -> usize {
+        self.first_chunks[block.index()]
+            + usize::try_from(page / PAGES).expect("RAM fits in memory")
+    }
+
+    /// So many pages of a chunk have come. When as many have as it has, it is likely to stay as it
+    /// is for a while: in the first round each comes once.
+    fn count(&self, place: usize, pages: u64) {
+        let chunk = &self.chunks[place];
+        let whole = chunk.pages.end - chunk.pages.start;
+        let before = chunk.came.fetch_add(pages, Ordering::Relaxed);
+        if before < whole && before + pages >= whole {
+            self.offer(place);
+        }
     }
 
     /// Has a chunk written, now or when its writer is done.
@@ -302,6 +328,7 @@ impl Shared {
 
     fn write(&self, chunk: &Chunk) -> Result<(), Failed> {
         let block = self.ram.block(chunk.block);
+        chunk.came.store(0, Ordering::Relaxed);
         let mut content = [0; WORDS];
         for (word, content) in content.iter_mut().enumerate() {
             let marked = chunk.marked[word].swap(0, Ordering::AcqRel);

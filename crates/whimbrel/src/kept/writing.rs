@@ -11,7 +11,7 @@ use whimbrel_wire::Configuration;
 use super::Access;
 use super::disk::Disk;
 use super::layout::Layout;
-use super::writers::{Arrivals, Writers};
+use super::writers::{Changes, Writers};
 use crate::channel::create_partial;
 use crate::error::Error;
 use crate::worker::Cancel;
@@ -47,8 +47,21 @@ impl Writing {
 
     /// What is to be told of every page that is placed in RAM from now on, whatever road it comes
     /// by, other than by postcopy: so it is written while the rest arrives.
-    pub(super) fn arrivals(&self) -> Arrivals {
-        self.writers.arrivals()
+    pub(super) fn changes(&self) -> Changes {
+        self.writers.changes()
+    }
+
+    /// What comes now comes by postcopy, and is waited for by whoever touches it before: nothing is
+    /// written before all of it is there.
+    pub(super) fn pause(&mut self) -> Result<(), Error> {
+        self.writers.stop();
+        self.writers = self.new_writers(&self.layout)?;
+        Ok(())
+    }
+
+    fn new_writers(&self, layout: &Layout) -> Result<Writers, Error> {
+        let disk = self.file.disk(self.access)?;
+        Writers::start(self.ram.clone(), layout, disk, self.access, &self.cancel)
     }
 
     /// Writes everything that has not been written, and has it reach the disk; gives how many
@@ -67,9 +80,7 @@ impl Writing {
             // Nobody tells these writers of pages: they write all of them.
             self.writers.stop();
             self.file.error_of(self.file.file.set_len(0))?;
-            let disk = self.file.disk(self.access)?;
-            self.writers =
-                Writers::start(self.ram.clone(), &layout, disk, self.access, &self.cancel)?;
+            self.writers = self.new_writers(&layout)?;
         }
         self.writers.finish(last_copy).map_err(|failed| failed.at(&self.file.path))?;
         let stored = self.writers.stored();
