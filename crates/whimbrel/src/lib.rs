@@ -31,6 +31,9 @@ mod hello;
 pub mod kept;
 mod latency;
 mod migrator;
+#[expect(unused_imports, reason = "multifd's senders and receivers use it")]
+#[cfg_attr(not(test), expect(dead_code, reason = "multifd's senders and receivers use it"))]
+mod packing;
 mod plan;
 mod report;
 mod settings;
@@ -42,6 +45,7 @@ mod worker;
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
 pub use migrator::{Migrator, Start, Subscription};
+pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
 };
