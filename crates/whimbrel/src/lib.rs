@@ -31,8 +31,6 @@ mod hello;
 pub mod kept;
 mod latency;
 mod migrator;
-#[expect(unused_imports, reason = "multifd's senders and receivers use it")]
-#[cfg_attr(not(test), expect(dead_code, reason = "multifd's senders and receivers use it"))]
 mod packing;
 mod plan;
 mod report;

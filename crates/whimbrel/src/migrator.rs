@@ -226,6 +226,10 @@ impl Migrator {
         let job = live::Job {
             guest: self.guest.clone(),
             capabilities: inner.capabilities,
+            multifd: match inner.capabilities.has(Capability::Multifd) {
+                true => self.parameters().multifd_channels,
+                false => 0,
+            },
             autostart: self.autostart,
             report: report.clone(),
             cancel: cancel.clone(),

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -68,26 +68,61 @@ impl Listener {
         }
     }
 
+    /// Takes a connection that is there already, as `name`; `None` when none is. Of what is not
+    /// listened to there is one.
+    pub(crate) fn accept_now(
+        &self,
+        name: &'static str,
+        cancel: &Cancel,
+    ) -> Result<Option<Channel>, Error> {
+        let accepted = match &self.socket {
+            Socket::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+                stream.set_nodelay(true)?;
+                Ok((OwnedFd::from(stream), Kind::Socket))
+            }),
+            Socket::Unix(listener, _file) => {
+                listener.accept().map(|(stream, _)| (OwnedFd::from(stream), Kind::Socket))
+            }
+            Socket::Direct => open(&self.address),
+        };
+        let error = |source| open_error(&self.address, source, cancel);
+        match accepted {
+            Ok((fd, kind)) => Channel::new(name, fd, kind, cancel).map(Some).map_err(error),
+            // One that went away between connecting and being accepted is none.
+            Err(source)
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
+                ) =>
+            {
+                Ok(None)
+            }
+            Err(source) => Err(error(source)),
+        }
+    }
+
+    /// What can be read when a connection has come, where there is one to wait for.
+    pub(crate) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
+        match &self.socket {
+            Socket::Tcp(listener) => Some(listener.as_fd()),
+            Socket::Unix(listener, _file) => Some(listener.as_fd()),
+            Socket::Direct => None,
+        }
+    }
+
     /// Waits for the source's next channel, which gets `name`. The address is taken until the
     /// listener goes.
     pub(crate) fn accept(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {
-        let address = &self.address;
-        let (fd, kind) = match &self.socket {
-            Socket::Tcp(listener) => {
-                let wait = || listener.accept().map(|(stream, _)| stream);
-                accept(listener.as_fd(), cancel, wait).and_then(|stream| {
-                    stream.set_nodelay(true)?;
-                    Ok((OwnedFd::from(stream), Kind::Socket))
-                })
+        loop {
+            if let Some(channel) = self.accept_now(name, cancel)? {
+                return Ok(channel);
             }
-            Socket::Unix(listener, _file) => {
-                let wait = || listener.accept().map(|(stream, _)| stream);
-                accept(listener.as_fd(), cancel, wait).map(|s| (OwnedFd::from(s), Kind::Socket))
+            let Some(listener) = self.as_fd() else { continue };
+            let woken = cancel.wait(listener, PollFlags::IN, None);
+            if woken.map_err(Error::system("waiting for a connection"))? == Woken::Cancelled {
+                return Err(Error::Cancelled);
             }
-            Socket::Direct => open(address),
         }
-        .map_err(|source| open_error(address, source, cancel))?;
-        Channel::new(name, fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
     }
 }
 
@@ -121,23 +156,4 @@ fn unix(path: &Path) -> io::Result<Socket> {
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(Socket::Unix(listener, file))
-}
-
-fn accept<T>(
-    listener: std::os::fd::BorrowedFd<'_>,
-    cancel: &Cancel,
-    mut try_accept: impl FnMut() -> io::Result<T>,
-) -> io::Result<T> {
-    loop {
-        match try_accept() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                if cancel.wait(listener, PollFlags::IN, None)? == Woken::Cancelled {
-                    return Err(io::ErrorKind::Interrupted.into());
-                }
-            }
-            // A source that went away between connecting and being accepted is none.
-            Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-            result => return result,
-        }
-    }
 }

@@ -4,23 +4,27 @@
 //! Descriptors are non-blocking and every wait is a `poll` on the descriptor and the
 //! cancellation together, so that a stalled peer never holds a thread.
 
+mod arrivals;
 mod connect;
 mod exec;
 mod fd;
 mod file;
 pub(crate) mod link;
 mod listen;
+pub(crate) mod name;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
+pub(crate) use arrivals::Arrivals;
 pub(crate) use connect::connect;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
@@ -89,6 +93,20 @@ impl Channel {
     /// The channel's name, for errors.
     pub(crate) fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// What is there already, without taking it; `None` when nothing is, 0 at the end of the stream.
+    pub(crate) fn peek(&self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
+        match rustix::net::recv(&self.fd, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+            Ok((_, bytes)) => Ok(Some(bytes)),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
+            Err(error) => Err(self.error(error.into(), self.bytes_in)),
+        }
+    }
+
+    /// It is known now what the channel is for.
+    pub(crate) fn rename(&mut self, name: &'static str) {
+        self.name = name;
     }
 
     /// From here on `cancel` is what ends its waits.

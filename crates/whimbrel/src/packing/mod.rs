@@ -24,7 +24,7 @@ mod zlib;
 mod zstd;
 
 pub use error::UnpackError;
-pub(crate) use packer::{Packed, Packer, Packing, Peer};
+pub(crate) use packer::{Packer, Packing, Peer};
 pub(crate) use unpacker::Unpacker;
 
 use whimbrel_ram::TARGET_PAGE;
