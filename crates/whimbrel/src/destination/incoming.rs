@@ -19,6 +19,7 @@ use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::kept::Changes;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -36,6 +37,11 @@ pub(crate) trait Host: Send {
 
     /// Whether that RAM is all zero.
     fn ram_is_fresh(&self) -> bool;
+
+    /// What is to be told of every page that is placed in that RAM, other than by postcopy.
+    fn changes(&self) -> Option<Changes> {
+        None
+    }
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
@@ -300,6 +306,7 @@ impl Incoming {
             fresh: host.ram_is_fresh(),
             arrived: received.clone(),
             placed: self.placed.clone(),
+            changes: host.changes(),
         });
         if !self.channels.is_empty() {
             let channels = std::mem::take(&mut self.channels);

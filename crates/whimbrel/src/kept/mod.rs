@@ -4,22 +4,30 @@
 //! of 9.0 or later starts from it by itself.
 
 mod by_postcopy;
+mod disk;
 mod keeper;
 mod layout;
 mod machine;
 mod on_channels;
 mod open;
 mod restore;
+mod supply;
 mod touch;
+mod writers;
+mod writing;
 
+use std::num::NonZeroU8;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use by_postcopy::ByPostcopy;
+pub use disk::DirectIo;
 pub use on_channels::Multifd;
 pub use open::KeptVm;
+pub(crate) use supply::Supply;
 pub use touch::Touch;
+pub(crate) use writers::Changes;
 
 use crate::address::Address;
 use crate::channel::{Arrivals, Listener};
@@ -29,6 +37,30 @@ use crate::error::Error;
 use crate::report::{Report, Side};
 use crate::status::{FaultStats, MigrationInfo, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
+
+/// How the file of a kept VM is written and read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// By how many threads.
+    pub threads: NonZeroU8,
+    /// Whether past the page cache.
+    pub direct: DirectIo,
+}
+
+impl Access {
+    /// The most threads by default: no disk was found to be faster with more (docs/benchmarks.md).
+    const DEFAULT_THREADS_MAX: NonZeroU8 = NonZeroU8::new(4).expect("not zero");
+}
+
+impl Default for Access {
+    /// A thread for each processor, up to four, and direct I/O where it helps.
+    fn default() -> Access {
+        let processors = std::thread::available_parallelism().ok();
+        let threads = processors.and_then(|count| NonZeroU8::try_from(count).ok());
+        let threads = threads.unwrap_or(NonZeroU8::MIN).min(Access::DEFAULT_THREADS_MAX);
+        Access { threads, direct: DirectIo::Auto }
+    }
+}
 
 /// Takes one migration in and keeps it. Made first, so that the address is bound before the
 /// source is told to connect.
@@ -41,6 +73,7 @@ pub struct Receiver {
     preempt: bool,
     multifd: u8,
     touch: Touch,
+    access: Access,
 }
 
 /// What has been kept.
@@ -80,7 +113,8 @@ impl Receiver {
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
         let (placed, preempt, multifd, touch) = (Arc::default(), false, 0, Touch::Nothing);
-        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch })
+        let access = Access::default();
+        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch, access })
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
@@ -99,6 +133,12 @@ impl Receiver {
     #[must_use]
     pub fn touching(self, touch: Touch) -> Receiver {
         Receiver { touch, ..self }
+    }
+
+    /// The file is written like this.
+    #[must_use]
+    pub fn writing_by(self, access: Access) -> Receiver {
+        Receiver { access, ..self }
     }
 
     /// Where it listens, the port chosen included; `None` for what is not listened to.
@@ -120,7 +160,7 @@ impl Receiver {
     /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
-        let mut keeper = keeper::Keeper::new(path, self.touch);
+        let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
         let arrivals = Arrivals::wait(&self.listener, self.multifd, &self.cancel)?;
         keeper.is_of(arrivals.uuid);
         let mut incoming = Incoming::new(arrivals).with_progress(self.placed.clone());
@@ -141,6 +181,7 @@ impl Receiver {
         report: &Report,
     ) -> Result<(), Error> {
         let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+        keeper.pause()?;
         let terms = Terms {
             report,
             links: &self.links,

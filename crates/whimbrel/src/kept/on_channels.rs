@@ -8,6 +8,7 @@ use whimbrel_wire::encode_end_of_section;
 use super::KeptVm;
 use super::machine::dialect;
 use super::restore::Restoring;
+use super::supply::Supply;
 use crate::address::Address;
 use crate::error::Error;
 use crate::report::set;
@@ -46,6 +47,11 @@ impl Multifd {
             zero_page_detection: None,
             uuid: None,
         }
+    }
+
+    /// Whether more is done with the pages than have the kernel send them.
+    pub(super) fn looks_at_pages(&self) -> bool {
+        self.compression != MultifdCompression::None
     }
 
     fn parameters(&self) -> Result<Parameters, Error> {
@@ -109,14 +115,22 @@ pub(super) fn wait_for_answer(
 /// Sends all pages, as the `ram` section's END.
 pub(super) fn send_pages(
     vm: &KeptVm,
+    supply: &Supply,
     channels: &mut Channels,
     stream: &mut Stream,
     restoring: &Restoring,
 ) -> Result<(), Error> {
     let report = &*restoring.progress.0;
-    let map = PageMap::new(&vm.ram);
+    let map = PageMap::new(supply.ram());
     map.fill();
-    let terms = Terms { ram: &vm.ram, report, log: None, content: Some(vm.content()), quiet: None };
+    let terms = Terms {
+        ram: supply.ram(),
+        report,
+        log: None,
+        content: Some(vm.content()),
+        supply: Some(supply),
+        quiet: None,
+    };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {
         crew.begin();

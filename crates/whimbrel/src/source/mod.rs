@@ -141,6 +141,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 report: &job.report,
                 log: Some(log.log()),
                 content: ram.touched().ok(),
+                supply: None,
                 quiet: None,
             };
             let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));

@@ -138,6 +138,7 @@ impl Sender {
             }
         }
         whole.drain(..).for_each(Claim::spend);
+        crew.needs_no_more(*index, normal);
         normal.clear();
         zero.clear();
         packet.block = None;
@@ -196,7 +197,9 @@ impl<'a> Packet<'a> {
             let block = crew.ram().block(index);
             while self.normal.len() + self.zero.len() < most {
                 let Some(page) = claim.next_page() else { break };
-                let zero = detects && (crew.is_untouched(index, page) || block.is_zero(page));
+                let zero = detects
+                    && (crew.is_untouched(index, page)
+                        || crew.may_be_zero() && block.is_zero(page));
                 if zero { self.zero.push(page) } else { self.normal.push(page) }
             }
             if self.normal.len() + self.zero.len() == most && claim.remaining() > 0 {
