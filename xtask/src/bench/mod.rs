@@ -8,6 +8,8 @@ use crate::workspace::Workspace;
 mod contender;
 mod host_memory;
 mod janitor;
+mod multiboot;
+mod multifd;
 mod network;
 mod plain;
 mod postcopy;
@@ -24,6 +26,8 @@ pub(crate) enum Bench {
     Precopy(precopy::Args),
     /// Postcopy over slow links, from and to ours and QEMU: what its faults wait (needs root)
     Postcopy(postcopy::Args),
+    /// Multifd: several channels, compressed, encrypted, over loopback and slow links (these need root)
+    Multifd(multifd::Args),
     /// Whether sending without a copy (MSG_ZEROCOPY) pays on this machine
     ZeroCopy(zero_copy::Args),
     /// One end of the plain transfer: a process of its own, so that its processor time is
@@ -42,6 +46,7 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
     match which {
         Bench::Precopy(args) => precopy::run(workspace, args),
         Bench::Postcopy(args) => postcopy::run(workspace, args),
+        Bench::Multifd(args) => multifd::run(workspace, args),
         Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
         Bench::PlainEnd(args) => plain::run(args),
         Bench::RoundTripEnd(args) => postcopy::idle::run(args),

@@ -50,7 +50,7 @@ pub(super) fn send(
     let ends_with_mark = machine::is_up_to((7, 2), &vm.machine());
     let prepare = || {
         let units = units(vm, &how.page_sizes)?;
-        let channel = channel::connect("main", address, &restoring.cancel)?;
+        let channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
         if !channel.is_two_way() {
             return Err(Error::Refused(format!(
                 "{address}: postcopy needs a way back, which this transport has not: \
@@ -59,7 +59,7 @@ pub(super) fn send(
         }
         let unit = |block: BlockIndex| units[block.index()];
         let mut stream = announce(vm, channel, (true, None), &unit, report)?;
-        let open = || postcopy::open_urgent(address, &restoring.cancel);
+        let open = || postcopy::open_urgent(address, &restoring.cancel, &restoring.links);
         // A QEMU up to 7.2 waits for this connection before it reads anything.
         let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
         let answers = stream.answers.as_mut().expect("the channel is two-way");

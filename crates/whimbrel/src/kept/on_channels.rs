@@ -75,7 +75,14 @@ pub(super) fn connect(
 ) -> Result<Channels, Error> {
     let uuid = multifd.uuid.or(vm.configuration.uuid).unwrap_or_default();
     let dialect = dialect(&vm.machine(), multifd.zero_page_detection);
-    Channels::connect(address, &restoring.cancel, uuid, dialect, &multifd.parameters()?)
+    Channels::connect(
+        address,
+        &restoring.cancel,
+        &restoring.links,
+        uuid,
+        dialect,
+        &multifd.parameters()?,
+    )
 }
 
 /// A destination answers when all channels have come, and never when they are not as many as it

@@ -138,7 +138,7 @@ pub(super) fn announce(
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let mut channel = channel::connect("main", address, &restoring.cancel)?;
+    let mut channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
     let mut channels = match &restoring.multifd {
         Some(multifd) => Some(on_channels::connect(vm, address, multifd, restoring)?),
         None => None,

@@ -159,7 +159,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
 
 /// Connects, and begins to watch what the guest writes.
 fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
-    let mut channel = channel::connect("main", &job.address, &job.cancel)?;
+    let mut channel = channel::connect("main", &job.address, &job.cancel, &job.links)?;
     if job.wants_answers() && !channel.is_two_way() {
         return Err(Error::Refused(format!(
             "{}: capabilities return-path and postcopy-ram need a way back, which this transport \
@@ -175,8 +175,14 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
             let uuid = vm.uuid().unwrap_or_default();
             let dialect =
                 Dialect { mark_each_section: false, zeros: parameters.zero_page_detection };
-            let channels =
-                Channels::connect(&job.address, &job.cancel, uuid, dialect, &parameters)?;
+            let channels = Channels::connect(
+                &job.address,
+                &job.cancel,
+                &job.links,
+                uuid,
+                dialect,
+                &parameters,
+            )?;
             channel.heed(channels.stop().clone());
             Some(channels)
         }
@@ -249,7 +255,7 @@ fn guest_first(
         answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
         let agreed = answers.agreed();
         let urgent = match job.has(Capability::PostcopyPreempt) {
-            true => Some(postcopy::open_urgent(&job.address, &job.cancel)?),
+            true => Some(postcopy::open_urgent(&job.address, &job.cancel, &job.links)?),
             false => None,
         };
         switchover::stop(job, held)?;

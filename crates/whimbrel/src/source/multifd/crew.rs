@@ -150,6 +150,11 @@ impl<'a> Crew<'a> {
         self.ordered.notify_all();
     }
 
+    /// Has the walk begin at the start again: what a halted turn gave back lies behind it.
+    pub(crate) fn rewind(&self) {
+        lock(&self.walk).ended = true;
+    }
+
     /// Has every sender end its turn as soon as it can.
     pub(crate) fn halt(&self) {
         self.halted.store(true, Ordering::SeqCst);

@@ -18,7 +18,7 @@ use crate::address::Address;
 use crate::error::Error;
 use crate::packing::{Packing, Peer};
 use crate::settings::{Parameters, ZeroPageDetection};
-use crate::worker::{Cancel, Role, scoped};
+use crate::worker::{Cancel, Links, Role, scoped};
 
 pub(crate) use crew::{Crew, Log, Quiet, Terms};
 use sender::Sender;
@@ -59,6 +59,7 @@ impl Channels {
     pub(crate) fn connect(
         address: &Address,
         cancel: &Cancel,
+        links: &Links,
         uuid: [u8; 16],
         dialect: Dialect,
         parameters: &Parameters,
@@ -73,7 +74,7 @@ impl Channels {
         let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
         let connect = |number| {
-            let mut sender = Sender::connect(number, address, &stop, uuid, &packing)?;
+            let mut sender = Sender::connect(number, address, &stop, links, uuid, &packing)?;
             sender.send_sync(&packets)?;
             Ok(sender)
         };

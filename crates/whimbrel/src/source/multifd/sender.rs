@@ -15,7 +15,7 @@ use crate::error::Error;
 use crate::packing::{Packer, Packing};
 use crate::settings::ZeroPageDetection;
 use crate::source::setup::name;
-use crate::worker::Cancel;
+use crate::worker::{Cancel, Links};
 
 const PAGE: usize = TARGET_PAGE.bytes();
 
@@ -51,11 +51,12 @@ impl Sender {
         number: u8,
         address: &Address,
         cancel: &Cancel,
+        links: &Links,
         uuid: [u8; 16],
         packing: &Packing,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
-        let channel = channel::connect(name, address, cancel)?;
+        let channel = channel::connect(name, address, cancel, links)?;
         let mut header = Vec::with_capacity(PacketHeader::len(WIRE_PAGE));
         MultifdInit { uuid, channel: number }.encode(&mut header);
         let mut sender = Sender { channel, packer: packing.packer(), header, uncounted: 0 };
