@@ -1,6 +1,7 @@
 //! One multifd channel at the source: claims become packets, and each packet is one system call.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use whimbrel_ram::kernel_copy::Gather;
@@ -59,7 +60,19 @@ impl Sender {
         packing: &Packing,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
-        let channel = channel::connect(name, address, cancel, links)?;
+        let channel = channel::connect(name, address, cancel, links).map_err(|error| match error {
+            Error::Open { address, source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                ) =>
+            {
+                let hint = ": after the main channel nobody else is expected there; set capability \
+                            multifd and the same multifd-channels on both sides";
+                Error::Open { address, source, hint }
+            }
+            error => error,
+        })?;
         let mut header = Vec::with_capacity(PacketHeader::len(WIRE_PAGE));
         MultifdInit { uuid: opening.uuid, channel: number }.encode(&mut header);
         let zero_copy = match opening.zero_copy {
