@@ -109,23 +109,33 @@ impl Multifd {
         all
     }
 
-    /// Tells a QEMU, whichever end it is.
+    /// Tells a QEMU what both ends must agree on.
     ///
     /// # Errors
     /// QEMU's own.
-    pub fn set(&self, qemu: &mut Qemu) -> Result<()> {
+    pub fn agree(&self, qemu: &mut Qemu) -> Result<()> {
         qemu.qmp.enable(&["multifd"])?;
-        let mut parameters = json!({
+        let parameters = json!({
             "multifd-channels": self.channels,
             "multifd-compression": self.compression.name(),
         });
+        qemu.qmp.execute("migrate-set-parameters", &parameters).map(drop)
+    }
+
+    /// Tells a QEMU that is to send.
+    ///
+    /// # Errors
+    /// QEMU's own.
+    pub fn set(&self, source: &mut Qemu) -> Result<()> {
+        self.agree(source)?;
+        let mut parameters = json!({});
         if let Some(level) = self.compression.level() {
             parameters[format!("multifd-{}-level", self.compression.name())] = level.into();
         }
         if let Some(zero_pages) = self.zero_pages {
             parameters["zero-page-detection"] = zero_pages.name().into();
         }
-        qemu.qmp.execute("migrate-set-parameters", &parameters).map(drop)
+        source.qmp.execute("migrate-set-parameters", &parameters).map(drop)
     }
 
     /// The arguments of `whimbrel receive`.
@@ -195,7 +205,7 @@ impl Journey<'_> {
         multifd: &Multifd,
     ) -> Result<Qemu> {
         let mut destination = self.incoming_stopped(peer)?;
-        multifd.set(&mut destination)?;
+        multifd.agree(&mut destination)?;
         let uri = self.listen(&mut destination, transport, &[])?;
         let kept = kept.to_str().context("a path in UTF-8")?;
         let arguments = multifd.restore();

@@ -163,10 +163,19 @@ impl Receiver {
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
-        let arrivals = Arrivals::wait(&self.listener, self.multifd, &self.cancel)?;
+        let Receiver { listener, cancel, links, placed, preempt, multifd, .. } = self;
+        let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
+        // Without an urgent channel nobody else is to come. A source with more channels than this
+        // side knows of must notice: its pages would go to a connection that nobody reads.
+        let listener = preempt.then_some(listener);
         keeper.is_of(arrivals.uuid);
-        let mut incoming = Incoming::new(arrivals).with_progress(self.placed.clone());
-        let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());
+        let mut incoming = Incoming::new(arrivals).with_progress(placed);
+        let kept = take_in(&mut incoming, &mut keeper, &report, &links, listener.as_ref())
+            .and_then(|()| match listener {
+                Some(listener) if multifd == 0 => listener.refuse_multifd(&cancel),
+                _ => Ok(()),
+            })
+            .and_then(|()| keeper.keep());
         let Ok(summary) = kept else {
             incoming.fail();
             return kept;
@@ -175,34 +184,30 @@ impl Receiver {
         let _ = incoming.finish();
         Ok(KeptSummary { faults: report.info().faults, ..summary })
     }
+}
 
-    fn take_in(
-        &self,
-        incoming: &mut Incoming,
-        keeper: &mut keeper::Keeper,
-        report: &Report,
-    ) -> Result<(), Error> {
-        let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
-        keeper.pause()?;
-        let terms = Terms {
-            report,
-            links: &self.links,
-            urgent: self.preempt.then_some(&self.listener),
-            blocktime: false,
-        };
-        match incoming.receive_rest(package, keeper, &terms) {
-            Ok(()) => keeper.complete(),
-            Err(Failed::Before(error)) => Err(error),
-            Err(Failed::After(error, absent)) => {
-                let received = absent.received();
-                let missing = received.missing();
-                // Whoever touches its pages is woken: before its thread is waited for.
-                drop(absent);
-                Err(Error::Refused(format!(
-                    "{error}; the source has given its guest away, and {missing} pages of it have \
-                     not come: nothing was kept"
-                )))
-            }
+fn take_in(
+    incoming: &mut Incoming,
+    keeper: &mut keeper::Keeper,
+    report: &Report,
+    links: &Links,
+    urgent: Option<&Listener>,
+) -> Result<(), Error> {
+    let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+    keeper.pause()?;
+    let terms = Terms { report, links, urgent, blocktime: false };
+    match incoming.receive_rest(package, keeper, &terms) {
+        Ok(()) => keeper.complete(),
+        Err(Failed::Before(error)) => Err(error),
+        Err(Failed::After(error, absent)) => {
+            let received = absent.received();
+            let missing = received.missing();
+            // Whoever touches its pages is woken: before its thread is waited for.
+            drop(absent);
+            Err(Error::Refused(format!(
+                "{error}; the source has given its guest away, and {missing} pages of it have \
+                 not come: nothing was kept"
+            )))
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::address::Address;
 use crate::error::Error;
 use crate::report::set;
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
-use crate::source::multifd::{Channels, Crew, Terms};
+use crate::source::multifd::{Channels, Crew, Opening, Terms};
 use crate::source::setup::{PINGS_AT_SETUP, RAM_SECTION, Stream};
 
 /// How often it is looked whether the destination has something to say.
@@ -79,14 +79,16 @@ pub(super) fn connect(
     multifd: &Multifd,
     restoring: &Restoring,
 ) -> Result<Channels, Error> {
-    let uuid = multifd.uuid.or(vm.configuration.uuid).unwrap_or_default();
-    let dialect = dialect(&vm.machine(), multifd.zero_page_detection);
+    let opening = Opening {
+        uuid: multifd.uuid.or(vm.configuration.uuid).unwrap_or_default(),
+        dialect: dialect(&vm.machine(), multifd.zero_page_detection),
+        zero_copy: false,
+    };
     Channels::connect(
         address,
         &restoring.cancel,
         &restoring.links,
-        uuid,
-        dialect,
+        &opening,
         &multifd.parameters()?,
     )
 }

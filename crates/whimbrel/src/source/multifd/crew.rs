@@ -249,10 +249,18 @@ impl<'a> Crew<'a> {
         while let Some(next) = self.next_turn(turn) {
             turn = next;
             let mut busy = Busy { crew: self, result: None };
-            let result = sender.turn(self, packets).and_then(|()| sender.send_sync(packets));
+            let result = self.turn(sender, packets);
             self.went(sender.take_bytes());
             busy.result = Some(result);
         }
+    }
+
+    fn turn(&self, sender: &mut Sender, packets: &AtomicU64) -> Result<(), Error> {
+        sender.turn(self, packets)?;
+        if sender.settle()? {
+            add(&self.terms.report.counters.missed_zero_copy, 1);
+        }
+        sender.send_sync(packets)
     }
 
     fn next_turn(&self, last: u64) -> Option<u64> {
