@@ -129,7 +129,7 @@ pub(super) fn send_pages(
         log: None,
         content: Some(vm.content()),
         supply: Some(supply),
-        quiet: None,
+        beside: None,
     };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {

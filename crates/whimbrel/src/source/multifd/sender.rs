@@ -16,6 +16,7 @@ use crate::channel::{self, Channel, ZeroCopy};
 use crate::error::Error;
 use crate::packing::{Packer, Packing};
 use crate::settings::ZeroPageDetection;
+use crate::source::held::Held;
 use crate::source::setup::name;
 use crate::worker::{Cancel, Links};
 
@@ -89,6 +90,7 @@ impl Sender {
     pub(super) fn turn(&mut self, crew: &Crew<'_>, packets: &AtomicU64) -> Result<(), Error> {
         let mut claims = VecDeque::new();
         let mut packet = Packet::default();
+        let mut held = crew.wanted().map(|_| Held::new(true, &mut self.channel));
         loop {
             // What is begun is finished; what is not begun goes back on the map.
             if crew.is_halted() && !claims.front().is_some_and(Claim::is_begun) {
@@ -98,7 +100,11 @@ impl Sender {
                 if !crew.wait_until_quiet()? {
                     return Ok(());
                 }
-                crew.claim(&mut claims);
+                if let (Some(held), Some(wanted)) = (&mut held, crew.wanted()) {
+                    held.look(&self.channel, wanted, crew.now());
+                    self.channel.ready_to_send(None)?;
+                }
+                crew.claim(&mut claims, held.as_ref().map_or(0, |held| held.piece));
             }
             if claims.is_empty() {
                 return Ok(());
