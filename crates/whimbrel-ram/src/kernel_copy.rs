@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::copy::copy;
 use crate::{BlockError, RamBlock};
 
 /// The most pieces the kernel takes in one call (`IOV_MAX`).
@@ -141,6 +142,24 @@ impl Gather<'_> {
         self.moved(written)
     }
 
+    /// Copies what is next into `buffer`, for what has to see the bytes before the kernel does;
+    /// gives how many there were, or fitted. Guest memory may be written meanwhile: the copy holds
+    /// one version of each byte, and nobody looks at the original again.
+    pub fn copy_to(&mut self, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < buffer.len() && self.0.bytes_left > 0 {
+            let piece = self.0.pieces[self.0.done];
+            let to = &mut buffer[done..];
+            let len = piece.iov_len.min(to.len());
+            // SAFETY: `piece` is memory borrowed for as long as `self`, of which at least `len` bytes
+            // are left; `to` is borrowed mutably, so that they cannot overlap.
+            unsafe { copy(piece.iov_base.cast_const().cast(), to.as_mut_ptr(), len) };
+            self.0.advance(len);
+            done += len;
+        }
+        done
+    }
+
     fn moved(&mut self, result: isize) -> io::Result<usize> {
         let moved = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
         self.0.advance(moved);
@@ -183,6 +202,23 @@ impl<'a> Scatter<'a> {
         self.0.pieces_left()
     }
 
+    /// Fills what is next from `bytes`; gives how many were taken.
+    pub fn copy_from(&mut self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        while done < bytes.len() && self.0.bytes_left > 0 {
+            let piece = self.0.pieces[self.0.done];
+            let from = &bytes[done..];
+            let len = piece.iov_len.min(from.len());
+            // SAFETY: `piece` is a buffer borrowed mutably, or guest memory inside its block, for as
+            // long as `self`, and at least `len` bytes of it are left; `from` is another borrow, so
+            // that they cannot overlap.
+            unsafe { copy(from.as_ptr(), piece.iov_base.cast(), len) };
+            self.0.advance(len);
+            done += len;
+        }
+        done
+    }
+
     /// One `readv`; gives the bytes that came, 0 at the end of the stream.
     pub fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let pieces = self.0.next_call();
@@ -193,5 +229,51 @@ impl<'a> Scatter<'a> {
         let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
         self.0.advance(got);
         Ok(got)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block() -> RamBlock {
+        RamBlock::anonymous("ram", 0, 2 * 4096).unwrap()
+    }
+
+    #[test]
+    fn bytes_are_copied_in_order_whatever_the_pieces() {
+        let block = block();
+        let content: Vec<u8> = (0..8192u32).map(|at| (at % 251) as u8).collect();
+        block.write(0, &content).unwrap();
+        let mut pieces = Gather::new();
+        pieces.push_bytes(b"head");
+        pieces.push_guest(&block, 100, 5000).unwrap();
+        pieces.push_bytes(b"tail");
+        let expected = [b"head", &content[100..5100], b"tail"].concat();
+        let mut copied = Vec::new();
+        let mut buffer = [0; 777];
+        while pieces.bytes_left() > 0 {
+            let got = pieces.copy_to(&mut buffer);
+            copied.extend_from_slice(&buffer[..got]);
+        }
+        assert_eq!(copied, expected);
+        assert_eq!(pieces.copy_to(&mut buffer), 0);
+
+        let other = self::block();
+        let (mut head, mut tail) = ([0; 4], [0; 4]);
+        let mut places = Scatter::new();
+        places.push_buffer(&mut head);
+        places.push_guest(&other, 200, 5000).unwrap();
+        places.push_buffer(&mut tail);
+        let mut from = &*expected;
+        while places.bytes_left() > 0 {
+            let taken = places.copy_from(&from[..from.len().min(1000)]);
+            from = &from[taken..];
+        }
+        assert_eq!(places.copy_from(b"more"), 0);
+        drop(places);
+        let mut found = vec![0; 5000];
+        other.read(200, &mut found).unwrap();
+        assert_eq!((&head, &*found, &tail), (b"head", &content[100..5100], b"tail"));
     }
 }

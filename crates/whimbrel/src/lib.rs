@@ -39,6 +39,10 @@ mod status;
 mod vm;
 mod worker;
 
+pub use channel::tls::{
+    Authorization, Format as AuthorizationFormat, Policy as AuthorizationPolicy, TlsCredentials,
+    TlsEndpoint, TlsOptions,
+};
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
 pub use migrator::{Migrator, Start, Subscription};

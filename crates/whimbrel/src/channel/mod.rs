@@ -10,12 +10,16 @@ mod fd;
 mod file;
 pub(crate) mod link;
 mod listen;
+pub(crate) mod tls;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
 use crate::error::Error;
@@ -24,6 +28,7 @@ use crate::worker::{Cancel, Woken};
 pub(crate) use connect::connect;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
+use tls::{Fault, Sent, Session};
 
 /// What a channel is made of, and what has to happen at its end.
 #[derive(Debug)]
@@ -46,6 +51,19 @@ pub(crate) struct Channel {
     bytes_out: u64,
     /// Each write goes out apart from the next ([`link::hold`]).
     apart: bool,
+    /// What makes its bytes secret, if they are.
+    session: Option<Arc<Session>>,
+}
+
+/// The first bytes of a channel, left where they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Peeked {
+    /// They are there.
+    Bytes([u8; 4]),
+    /// Not all of them have come yet.
+    NotYet,
+    /// The peer has ended the stream before.
+    Ended,
 }
 
 impl Channel {
@@ -61,15 +79,26 @@ impl Channel {
             bytes_in: 0,
             bytes_out: 0,
             apart: false,
+            session: None,
         })
+    }
+
+    /// From here on its bytes are secret.
+    fn set_session(&mut self, session: Session) {
+        self.session = Some(Arc::new(session));
+    }
+
+    /// Whether its bytes are secret.
+    pub(crate) fn is_secret(&self) -> bool {
+        self.session.is_some()
     }
 
     /// The same connection as a channel of its own, for the other direction.
     pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
         let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
         let kind = Kind::Socket;
-        let cancel = self.cancel.clone();
-        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false })
+        let (cancel, session) = (self.cancel.clone(), self.session.clone());
+        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, session })
     }
 
     /// Waits until a write is likely to go through, for `timeout` at most.
@@ -111,8 +140,12 @@ impl Channel {
         matches!(self.kind, Kind::File(_))
     }
 
-    /// Writes all of `pieces`.
+    /// Writes all of `pieces`. What has not gone out as a whole when this fails, the peer can, on a
+    /// secret channel, read nothing of.
     pub(crate) fn send(&mut self, pieces: &mut Gather<'_>) -> Result<(), Error> {
+        if let Some(session) = self.session.clone() {
+            return self.send_secretly(&session, pieces);
+        }
         while pieces.bytes_left() > 0 {
             if self.cancel.is_set() {
                 return Err(Error::Cancelled);
@@ -129,6 +162,26 @@ impl Channel {
         Ok(())
     }
 
+    fn send_secretly(&mut self, session: &Session, pieces: &mut Gather<'_>) -> Result<(), Error> {
+        loop {
+            if self.cancel.is_set() {
+                return Err(Error::Cancelled);
+            }
+            match session.send(self.fd.as_fd(), pieces, self.apart) {
+                Ok(Sent::All) => return Ok(()),
+                Ok(Sent::Some(bytes)) => self.bytes_out += bytes as u64,
+                Err(Fault::System(error)) if is_passing(&error) => {
+                    self.wait_after(error, PollFlags::OUT, self.bytes_out)?;
+                }
+                Err(fault) => {
+                    // The reason often lies unread on the other direction.
+                    let said = session.last_word(self.fd.as_fd()).map(Fault::Broken);
+                    return Err(self.fault(said.unwrap_or(fault), self.bytes_out));
+                }
+            }
+        }
+    }
+
     /// Writes all of `bytes`.
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let mut pieces = Gather::new();
@@ -139,15 +192,39 @@ impl Channel {
     /// Fills some of `pieces`, waiting for the first byte; 0 at the end of the stream.
     pub(crate) fn receive(&mut self, pieces: &mut Scatter<'_>) -> Result<usize, Error> {
         loop {
-            if self.cancel.is_set() {
-                return Err(Error::Cancelled);
+            if let Some(bytes) = self.try_receive(pieces)? {
+                return Ok(bytes);
             }
+            self.wait_for(PollFlags::IN, self.bytes_in)?;
+        }
+    }
+
+    /// Fills some of `pieces` with what is there; `None` when nothing is, and then the descriptor
+    /// tells when something may be. Never waits.
+    ///
+    /// Only this, and not the descriptor alone, tells whether there is something to be received: a
+    /// secret channel may hold what has been read from the descriptor, and what has been read may
+    /// be nothing yet.
+    pub(crate) fn try_receive(&mut self, pieces: &mut Scatter<'_>) -> Result<Option<usize>, Error> {
+        if self.cancel.is_set() {
+            return Err(Error::Cancelled);
+        }
+        let received = match &self.session {
+            Some(session) => session.receive(self.fd.as_fd(), pieces),
+            None => self.try_read(pieces).map_err(Fault::System),
+        };
+        let received = received.map_err(|fault| self.fault(fault, self.bytes_in))?;
+        self.bytes_in += received.unwrap_or(0) as u64;
+        Ok(received)
+    }
+
+    fn try_read(&self, pieces: &mut Scatter<'_>) -> io::Result<Option<usize>> {
+        loop {
             match pieces.read(self.fd.as_fd()) {
-                Ok(bytes) => {
-                    self.bytes_in += bytes as u64;
-                    return Ok(bytes);
-                }
-                Err(error) => self.wait_after(error, PollFlags::IN, self.bytes_in)?,
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }
@@ -158,36 +235,72 @@ impl Channel {
         buffer: &mut [u8],
         deadline: Instant,
     ) -> Result<Option<usize>, Error> {
-        let timeout = deadline.saturating_duration_since(Instant::now());
-        let woken = self
-            .cancel
-            .wait(self.fd.as_fd(), PollFlags::IN, Some(timeout))
-            .map_err(|source| self.error(source, self.bytes_in))?;
-        match woken {
-            Woken::Cancelled => Err(Error::Cancelled),
-            Woken::TimedOut => Ok(None),
-            Woken::Ready => {
-                let mut pieces = Scatter::new();
-                pieces.push_buffer(buffer);
-                self.receive(&mut pieces).map(Some)
+        loop {
+            let mut pieces = Scatter::new();
+            pieces.push_buffer(buffer);
+            if let Some(bytes) = self.try_receive(&mut pieces)? {
+                return Ok(Some(bytes));
             }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.cancel.wait(self.fd.as_fd(), PollFlags::IN, Some(left)) {
+                Ok(Woken::Cancelled) => return Err(Error::Cancelled),
+                Ok(Woken::TimedOut) => return Ok(None),
+                Ok(Woken::Ready) => {}
+                Err(error) => return Err(self.error(error, self.bytes_in)),
+            }
+        }
+    }
+
+    /// The first four bytes that are still to be received, which tell what a connection is for.
+    /// Never waits; the descriptor tells when there may be more.
+    pub(crate) fn peek(&self) -> Result<Peeked, Error> {
+        let mut first = [0; 4];
+        let there = match &self.session {
+            Some(session) => session.peek(self.fd.as_fd(), &mut first),
+            None => match rustix::net::recv(&self.fd, &mut first, RecvFlags::PEEK) {
+                Ok((_, 0)) => Ok(None),
+                Ok((_, there)) => Ok(Some(there)),
+                Err(Errno::AGAIN | Errno::INTR) => Ok(Some(0)),
+                Err(error) => Err(Fault::System(error.into())),
+            },
+        };
+        match there.map_err(|fault| self.fault(fault, self.bytes_in))? {
+            Some(4) => Ok(Peeked::Bytes(first)),
+            Some(_) => Ok(Peeked::NotYet),
+            None => Ok(Peeked::Ended),
         }
     }
 
     fn wait_after(&self, error: io::Error, ready: PollFlags, offset: u64) -> Result<(), Error> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock => match self.cancel.wait(self.fd.as_fd(), ready, None) {
-                Ok(Woken::Cancelled) => Err(Error::Cancelled),
-                Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
-                Err(error) => Err(self.error(error, offset)),
-            },
+            io::ErrorKind::WouldBlock => self.wait_for(ready, offset),
             _ => Err(self.error(error, offset)),
+        }
+    }
+
+    fn wait_for(&self, ready: PollFlags, offset: u64) -> Result<(), Error> {
+        match self.cancel.wait(self.fd.as_fd(), ready, None) {
+            Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+            Err(error) => Err(self.error(error, offset)),
         }
     }
 
     fn error(&self, source: io::Error, offset: u64) -> Error {
         Error::Channel { channel: self.name, offset, source }
+    }
+
+    fn fault(&self, fault: Fault, offset: u64) -> Error {
+        match fault {
+            Fault::System(source) => self.error(source, offset),
+            Fault::Truncated => Error::Truncated { channel: self.name, offset },
+            other => self.tls_error(format!("byte {offset}: {}", tls::explain(&other))),
+        }
+    }
+
+    fn tls_error(&self, reason: String) -> Error {
+        Error::Tls { channel: self.name, reason }
     }
 
     /// Sleeps, unless cancelled.
@@ -200,7 +313,8 @@ impl Channel {
     }
 
     /// Everything was written or read: closes, keeps the file, waits for the command.
-    pub(crate) fn finish(self) -> Result<(), Error> {
+    pub(crate) fn finish(mut self) -> Result<(), Error> {
+        self.say_goodbye();
         let offset = self.bytes_out;
         match self.kind {
             Kind::Socket | Kind::Pipe => Ok(()),
@@ -215,6 +329,37 @@ impl Channel {
             }
         }
     }
+}
+
+impl Channel {
+    /// On a secret channel, says that this was all: a peer may insist on it. Whoever does not read
+    /// it, or has gone, has what matters already.
+    fn say_goodbye(&mut self) {
+        let Some(session) = self.session.take() else { return };
+        session.end();
+        let deadline = Instant::now() + GOODBYE;
+        loop {
+            match session.send(self.fd.as_fd(), &mut Gather::new(), false) {
+                Ok(Sent::Some(_)) => {}
+                Err(Fault::System(error)) if is_passing(&error) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let woken = self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, Some(left));
+                    if !matches!(woken, Ok(Woken::Ready)) {
+                        return;
+                    }
+                }
+                Ok(Sent::All) | Err(_) => return,
+            }
+        }
+    }
+}
+
+/// How long a peer may take to read that this was all.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Whether it is not an error but a matter of time.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 impl AsFd for Channel {
