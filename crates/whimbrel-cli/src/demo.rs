@@ -21,6 +21,7 @@ use whimbrel_vm::parse_size;
 use crate::drive::{After, COMMAND, Ended, Run, allow_postcopy};
 use crate::failure::Failure;
 use crate::monitor::{GUEST_PROGRESS, RAM_DIGEST, SELF_CHECK, VM_INFO};
+use crate::multifd_options::Compression;
 use crate::progress::mib;
 use crate::vm_options::VmOptions;
 use child::Child;
@@ -46,6 +47,12 @@ pub(crate) struct Demo {
     /// How long the guest may stand still in precopy, in ms
     #[arg(long, default_value_t = 300, value_name = "MS")]
     downtime_limit: u64,
+    /// Send pages on so many connections (multifd); 0 is on one
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    channels: u8,
+    /// With --channels: how pages are compressed
+    #[arg(long, default_value = "none", requires = "channels", value_name = "METHOD")]
+    compression: Compression,
     /// Do not slow down a guest that dirties memory faster than the link
     #[arg(long)]
     no_auto_converge: bool,
@@ -192,6 +199,16 @@ impl Demo {
                         ("events", true),
                     ])?;
                 }
+            }
+        }
+        if self.channels > 0 {
+            let method = self.compression.to_possible_value();
+            for side in [&mut *source, &mut *destination] {
+                side.qmp.set_capability_named("multifd", true)?;
+                side.qmp.set_parameters(json!({
+                    "multifd-channels": self.channels,
+                    "multifd-compression": method.as_ref().map(|method| method.get_name()),
+                }))?;
             }
         }
         source.qmp.set_capability_named("auto-converge", !self.no_auto_converge)?;

@@ -10,6 +10,7 @@ mod failure;
 mod inspect;
 mod migrate;
 mod monitor;
+mod multifd_options;
 mod progress;
 mod receive;
 mod restore;

@@ -23,6 +23,9 @@ pub(crate) struct Receive {
     /// The source has capability 'postcopy-preempt' on
     #[arg(long)]
     preempt: bool,
+    /// The source has capability 'multifd' on, with so many 'multifd-channels' (0: it has not)
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    multifd: u8,
     /// In a postcopy, touch pages while they arrive: none, sequential, random or random,seed=N
     #[arg(long, default_value = "none", value_parser = parse_touch, value_name = "ORDER")]
     touch: Touch,
@@ -49,7 +52,10 @@ fn parse_touch(text: &str) -> Result<Touch, String> {
 
 impl Receive {
     pub(crate) fn run(self) -> Result<(), Failure> {
-        let receiver = Receiver::bind(&self.uri)?.with_preempt(self.preempt).touching(self.touch);
+        let receiver = Receiver::bind(&self.uri)?
+            .with_preempt(self.preempt)
+            .with_multifd(self.multifd)
+            .touching(self.touch);
         let stop = receiver.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         match receiver.socket_address() {

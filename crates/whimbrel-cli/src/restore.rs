@@ -10,6 +10,7 @@ use whimbrel_ram::PageSize;
 use whimbrel_vm::{ParseError, parse_page_size, parse_size};
 
 use crate::failure::Failure;
+use crate::multifd_options::MultifdOptions;
 use crate::progress::{Line, describe, mib};
 use crate::signals::OnSignal;
 
@@ -33,6 +34,8 @@ pub(crate) struct Restore {
     /// With --postcopy: bytes a second that nobody asked for, with k, M, G; 0 is without limit
     #[arg(long, requires = "postcopy", default_value = "0", value_parser = parse_size, value_name = "RATE")]
     bandwidth: u64,
+    #[command(flatten)]
+    multifd: MultifdOptions,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -51,7 +54,7 @@ fn parse_block_pages(text: &str) -> Result<BlockPages, ParseError> {
 impl Restore {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let vm = KeptVm::open(&self.file)?;
-        let restoring = vm.restoring()?;
+        let restoring = vm.restoring()?.with_multifd(self.multifd.to_multifd());
         let stop = restoring.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         let progress = restoring.progress();

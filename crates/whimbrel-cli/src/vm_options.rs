@@ -26,7 +26,7 @@ pub(crate) struct VmOptions {
     /// (0: as many as it can)
     #[arg(long, default_value = "uniform,rate=2000")]
     pub(crate) workload: Workload,
-    /// What the memory outside the working set holds: zero or random
+    /// What the memory outside the working set holds: zero, random or file:PATH
     #[arg(long, default_value = "zero")]
     pub(crate) fill: Fill,
     /// How written pages are found: auto, kvm-log, kvm-ring, pagemap-scan or own-writes
@@ -51,7 +51,7 @@ impl VmOptions {
             shared: self.shared,
             dirty: self.dirty,
             workload: self.workload,
-            fill: self.fill,
+            fill: self.fill.clone(),
             prefault: self.prefault,
             incoming,
             serial,
@@ -66,9 +66,10 @@ impl VmOptions {
             AccelChoice::Kvm => "kvm",
             AccelChoice::Native => "native",
         };
-        let fill = match self.fill {
-            Fill::Zero => "zero",
-            Fill::Random => "random",
+        let fill = match &self.fill {
+            Fill::Zero => "zero".to_owned(),
+            Fill::Random => "random".to_owned(),
+            Fill::File(path) => format!("file:{}", path.display()),
         };
         let mut arguments = vec![
             format!("--memory={}", self.memory),

@@ -26,6 +26,8 @@ pub struct Claim<'m> {
     taken: u64,
     /// The host page it owns, where that is larger than a target page.
     host: Option<HostPage>,
+    /// The sender has asked for a page.
+    begun: bool,
     /// The sender has asked until there was nothing more.
     finished: bool,
     /// The pages have been sent.
@@ -53,7 +55,8 @@ impl<'m> Claim<'m> {
         word: usize,
         left: u64,
     ) -> Claim<'m> {
-        Claim { map, block, word, left, taken: 0, host: None, finished: false, spent: false }
+        let (host, begun, finished, spent) = (None, false, false, false);
+        Claim { map, block, word, left, taken: 0, host, begun, finished, spent }
     }
 
     /// The claim of the thread that has just become the page's owner; `None` when there is
@@ -66,7 +69,8 @@ impl<'m> Claim<'m> {
         })?;
         let host = Some(page);
         let block = page.block;
-        Some(Claim { map, block, word, left, taken: 0, host, finished: false, spent: false })
+        let (begun, finished, spent) = (false, false, false);
+        Some(Claim { map, block, word, left, taken: 0, host, begun, finished, spent })
     }
 
     /// The block its pages are of.
@@ -91,6 +95,7 @@ impl<'m> Claim<'m> {
     /// What is marked again after it was taken stays on the map for another claim.
     #[inline]
     pub fn next_page(&mut self) -> Option<TargetPage> {
+        self.begun = true;
         while self.left == 0 {
             if !self.next_word() {
                 return None;
@@ -100,6 +105,11 @@ impl<'m> Claim<'m> {
         self.left ^= bit;
         self.taken |= bit;
         Some(TargetPage(self.word as u64 * 64 + u64::from(bit.trailing_zeros())))
+    }
+
+    /// Whether a page has been asked for.
+    pub fn is_begun(&self) -> bool {
+        self.begun
     }
 
     /// How many pages are left to take, as far as is known now.

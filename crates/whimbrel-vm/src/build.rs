@@ -1,8 +1,15 @@
 //! Puts the guest into a fresh VM's memory.
 
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
 use whimbrel_ram::{BlockError, GuestRam, RamBlock};
 
 use crate::config::Fill;
+use crate::error::Error;
 use crate::layout::{CONSTANTS, FIRMWARE, Layout, MAGIC, PICKS, RAM, RAM_ADDRESS, cpu_page};
 use crate::pattern::{Constants, PAGE_BYTES, Page};
 use crate::workload::WorkloadKind;
@@ -10,8 +17,11 @@ use crate::workload::WorkloadKind;
 /// Pages after the working set have numbers from here on, so that no page of it looks like one.
 const FILL_NUMBERS: u64 = 1 << 40;
 
+/// How much of a file is copied into the memory at a time.
+const PIECE_BYTES: u64 = 1 << 20;
+
 /// Writes everything but what the accelerator itself needs (code, page tables).
-pub(crate) fn build(ram: &GuestRam, layout: &Layout, fill: Fill) -> Result<(), BlockError> {
+pub(crate) fn build(ram: &GuestRam, layout: &Layout, fill: &Fill) -> Result<(), Error> {
     let block = ram.block(RAM);
     let firmware = ram.block(FIRMWARE);
     firmware.store_u64(CONSTANTS, Constants::MMIX.multiplier)?;
@@ -29,11 +39,36 @@ pub(crate) fn build(ram: &GuestRam, layout: &Layout, fill: Fill) -> Result<(), B
         page.write(Constants::MMIX, seed, number, 0);
         block.write(layout.page_offset(number), &page.0)?;
     }
-    if fill == Fill::Random {
-        for offset in layout.rest().step_by(page.0.len()) {
-            page.write(Constants::MMIX, seed, FILL_NUMBERS + offset / PAGE_BYTES, 0);
-            block.write(offset, &page.0)?;
+    match fill {
+        Fill::Zero => {}
+        Fill::Random => {
+            for offset in layout.rest().step_by(page.0.len()) {
+                page.write(Constants::MMIX, seed, FILL_NUMBERS + offset / PAGE_BYTES, 0);
+                block.write(offset, &page.0)?;
+            }
         }
+        Fill::File(path) => fill_from(path, block, layout.rest())?,
+    }
+    Ok(())
+}
+
+/// Copies what lies in the file at the same place, or at the same place of its repetition.
+fn fill_from(path: &Path, block: &RamBlock, rest: Range<u64>) -> Result<(), Error> {
+    let error = |source| Error::Fill { path: path.to_owned(), source };
+    let file = File::open(path).map_err(error)?;
+    let file_len = file.metadata().map_err(error)?.len();
+    if file_len == 0 {
+        return Err(error(io::Error::new(io::ErrorKind::UnexpectedEof, "it is empty")));
+    }
+    let mut piece = Vec::new();
+    let mut offset = rest.start;
+    while offset < rest.end {
+        let at = offset % file_len;
+        let len = PIECE_BYTES.min(rest.end - offset).min(file_len - at);
+        piece.resize(usize::try_from(len).expect("at most a piece"), 0);
+        file.read_exact_at(&mut piece, at).map_err(error)?;
+        block.write(offset, &piece)?;
+        offset += len;
     }
     Ok(())
 }

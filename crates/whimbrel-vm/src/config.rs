@@ -128,13 +128,15 @@ impl DirtyKind {
 }
 
 /// What the memory outside the working set holds when a VM is built.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Fill {
     /// Zero pages, not populated.
     #[default]
     Zero,
     /// Bytes that no compressor makes smaller, the same for the same workload seed.
     Random,
+    /// What a file holds at the same place, over and over again if it is shorter.
+    File(PathBuf),
 }
 
 /// Where the serial port's output goes, beside the buffer that is always kept.
@@ -198,7 +200,10 @@ impl FromStr for Fill {
         match text {
             "zero" => Ok(Fill::Zero),
             "random" => Ok(Fill::Random),
-            _ => Err(ParseError::new("fill", text, "zero or random")),
+            _ => match text.strip_prefix("file:").filter(|path| !path.is_empty()) {
+                Some(path) => Ok(Fill::File(path.into())),
+                None => Err(ParseError::new("fill", text, "zero, random or file:PATH")),
+            },
         }
     }
 }
@@ -274,5 +279,8 @@ mod tests {
         assert!(parse_page_size("8k").is_err());
         assert_eq!(parse_page_size("2M"), Ok(PageSize::SIZE_2M));
         assert_eq!("kvm-ring".parse(), Ok(DirtyKind::KvmRing));
+        assert_eq!("file:/a b".parse(), Ok(Fill::File("/a b".into())));
+        let error = "file:".parse::<Fill>().unwrap_err();
+        assert_eq!(error.to_string(), "fill \"file:\": expected zero, random or file:PATH");
     }
 }

@@ -88,6 +88,14 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The file that is to fill the memory cannot be read.
+    #[error("cannot fill the memory from {path}: {source}", path = path.display())]
+    Fill {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The vCPU threads did not come up.
     #[error(transparent)]
     Start(VmError),

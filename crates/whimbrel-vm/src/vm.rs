@@ -68,7 +68,7 @@ impl ReferenceVm {
         let gaps: Arc<[Gap]> = (0..config.vcpus).map(|_| Gap::default()).collect();
         let made = accelerator::make(&config, kvm.as_ref(), &ram, &layout, &serial, &gaps)?;
         if !config.incoming {
-            build(&ram, &layout, config.fill)?;
+            build(&ram, &layout, &config.fill)?;
             made.machine.install(&layout)?;
         }
         let vcpus = Vcpus::start(config.vcpus, Arc::clone(&made.machine))?;

@@ -170,6 +170,41 @@ fn a_guest_moves_and_goes_on() {
 }
 
 #[test]
+fn memory_is_filled_from_a_file_over_and_over_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("content");
+    // No multiple of a page, and shorter than the memory.
+    let content: Vec<u8> =
+        (0..1_500_000_u32).map(|at| (at.wrapping_mul(0x9e37_79b9) >> 24) as u8).collect();
+    std::fs::write(&path, &content).unwrap();
+    let filled = |fill| {
+        let vm = make(&Config { fill, ..native(1, "idle,working-set=64k") });
+        let (_, block) = vm.ram().find(RAM_NAME).unwrap();
+        let mut bytes = vec![0; usize::try_from(block.len()).unwrap()];
+        block.read(0, &mut bytes).unwrap();
+        bytes
+    };
+    let (guest, found) = (filled(Fill::Zero), filled(Fill::File(path.clone())));
+    // The guest itself is where it would be without.
+    let rest = guest.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    let rest = rest.next_multiple_of(PAGE);
+    assert!(found[..rest] == guest[..rest]);
+    assert!(found.len() - rest > content.len(), "no byte of it comes twice");
+    let expected = (rest..found.len()).map(|at| content[at % content.len()]);
+    assert!(found[rest..].iter().copied().eq(expected));
+
+    std::fs::write(&path, []).unwrap();
+    for path in [path, folder.path().join("missing")] {
+        let config = Config { fill: Fill::File(path.clone()), ..native(1, "idle,working-set=64k") };
+        let error = ReferenceVm::new(config).unwrap_err().to_string();
+        assert!(
+            error.starts_with(&format!("cannot fill the memory from {}", path.display())),
+            "{error}"
+        );
+    }
+}
+
+#[test]
 fn state_of_another_moment_is_found() {
     let config = native(1, "uniform");
     let (from, to) = (make(&config), destination(&config));

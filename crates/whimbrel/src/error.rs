@@ -30,6 +30,16 @@ pub enum Error {
         /// What was expected and what was found.
         source: whimbrel_wire::xbzrle::DeltaError,
     },
+    /// The data of a multifd packet do not give its pages.
+    #[error("{channel} channel, byte {offset}: {source}")]
+    Packet {
+        /// The channel's name.
+        channel: &'static str,
+        /// Where in the stream.
+        offset: u64,
+        /// What was expected and what was found.
+        source: crate::packing::UnpackError,
+    },
     /// A channel failed.
     #[error("{channel} channel, byte {offset}: {source}{}", said_of_a_close(source))]
     Channel {

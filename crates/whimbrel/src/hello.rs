@@ -20,8 +20,12 @@ impl Features {
     /// A package is loaded, and that is said, before its last command (RUN) has come.
     pub(crate) const RUN_APART: Features = Features(2);
 
+    /// Multifd channels go on in postcopy, behind one round more.
+    pub(crate) const MULTIFD_GOES_ON: Features = Features(4);
+
     /// What this version can do.
-    pub(crate) const ALL: Features = Features(Features::SMALL_PIECES.0 | Features::RUN_APART.0);
+    pub(crate) const ALL: Features =
+        Features(Features::SMALL_PIECES.0 | Features::RUN_APART.0 | Features::MULTIFD_GOES_ON.0);
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
     pub(crate) fn of_destination(small_pieces: bool) -> Features {

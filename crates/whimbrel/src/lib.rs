@@ -31,6 +31,8 @@ mod hello;
 pub mod kept;
 mod latency;
 mod migrator;
+mod objects;
+mod packing;
 mod plan;
 mod report;
 mod settings;
@@ -45,7 +47,9 @@ pub use channel::tls::{
 };
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
+pub use objects::Object;
 pub use migrator::{Migrator, Start, Subscription};
+pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
 };

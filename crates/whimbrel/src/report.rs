@@ -30,6 +30,8 @@ pub(crate) struct Counters {
     pub(crate) postcopy_bytes: AtomicU64,
     /// Bytes of the main channel after the guest had gone.
     pub(crate) background_bytes: AtomicU64,
+    /// Bytes of multifd channels; not in `transferred` here.
+    pub(crate) multifd_bytes: AtomicU64,
     pub(crate) throttle_percent: AtomicU8,
 }
 
@@ -165,6 +167,11 @@ impl Report {
         self.with(|slow| slow.error = Some(error));
     }
 
+    /// Whatever was wrong before, it is not any more.
+    pub(crate) fn forget_error(&self) {
+        self.with(|slow| slow.error = None);
+    }
+
     pub(crate) fn setup_is_done(&self) {
         let elapsed = self.elapsed_ms();
         self.with(|slow| slow.setup_ms = Some(elapsed));
@@ -233,7 +240,7 @@ impl Report {
         let normal = get(&c.normal);
         let done = status == MigrationStatus::Completed;
         MigrationStats {
-            transferred: get(&c.transferred),
+            transferred: get(&c.transferred) + get(&c.multifd_bytes),
             remaining: if done { 0 } else { get(&c.remaining) },
             total: get(&c.total),
             duplicate: get(&c.duplicate),
@@ -246,6 +253,7 @@ impl Report {
             pages_per_second: get(&c.pages_per_second),
             postcopy_requests: get(&c.postcopy_requests),
             postcopy_bytes: get(&c.postcopy_bytes),
+            multifd_bytes: get(&c.multifd_bytes),
             precopy_bytes: get(&c.precopy_bytes),
             downtime_bytes: get(&c.downtime_bytes),
             ..MigrationStats::default()

@@ -1,5 +1,6 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
+use std::borrow::Cow;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,6 +19,10 @@ pub(crate) enum Role {
     DestinationMain,
     /// Reads the return path and sends the pages that a guest waits for.
     SourceUrgent,
+    /// Sends the pages of a multifd channel.
+    SourceSend(u8),
+    /// Takes in the pages of a multifd channel.
+    DestinationReceive(u8),
     /// Takes memory from the host ahead of the pages that come.
     DestinationPopulate,
     /// Asks for the pages that the guest touches; writes the return path.
@@ -34,25 +39,29 @@ pub(crate) enum Role {
 
 impl Role {
     /// 15 bytes at most, or the kernel cuts it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
+    pub(crate) fn name(self) -> Cow<'static, str> {
+        Cow::Borrowed(match self {
             Role::SourceMain => "source/main",
             Role::DestinationMain => "dest/main",
             Role::SourceUrgent => "source/urgent",
+            Role::SourceSend(number) => return format!("source/send-{number}").into(),
+            Role::DestinationReceive(number) => return format!("dest/recv-{number}").into(),
             Role::DestinationPopulate => "dest/populate",
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
-        }
+        })
     }
 }
 
-/// Ends every wait of one migration. Cheap to clone; once set it stays set.
+/// Ends every wait of one migration, or of a part of it. Cheap to clone; once set it stays set.
 #[derive(Clone, Debug)]
 pub(crate) struct Cancel {
     shared: Arc<Shared>,
+    /// What ends the whole of which this is a part.
+    whole: Option<Arc<Shared>>,
 }
 
 #[derive(Debug)]
@@ -75,7 +84,19 @@ pub(crate) enum Woken {
 impl Cancel {
     pub(crate) fn new() -> io::Result<Cancel> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Cancel { shared: Arc::new(Shared { set: AtomicBool::new(false), wake }) })
+        let shared = Arc::new(Shared { set: AtomicBool::new(false), wake });
+        Ok(Cancel { shared, whole: None })
+    }
+
+    /// What ends a part of what `self` ends: set by itself, or with the whole.
+    pub(crate) fn part(&self) -> io::Result<Cancel> {
+        assert!(self.whole.is_none(), "parts have no parts");
+        Ok(Cancel { whole: Some(self.shared.clone()), ..Cancel::new()? })
+    }
+
+    /// Another part of the same whole.
+    pub(crate) fn beside(&self) -> io::Result<Cancel> {
+        Ok(Cancel { whole: self.whole.clone(), ..Cancel::new()? })
     }
 
     /// Wakes whatever waits, now and later.
@@ -86,10 +107,11 @@ impl Cancel {
     }
 
     pub(crate) fn is_set(&self) -> bool {
-        self.shared.set.load(Ordering::SeqCst)
+        let mut all = std::iter::once(&self.shared).chain(&self.whole);
+        all.any(|shared| shared.set.load(Ordering::SeqCst))
     }
 
-    /// Readable once it is set.
+    /// Readable once it is set by itself.
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.shared.wake.as_fd()
     }
@@ -101,35 +123,34 @@ impl Cancel {
         what: PollFlags,
         timeout: Option<Duration>,
     ) -> io::Result<Woken> {
-        let wake = self.shared.wake.as_fd();
-        let mut fds =
-            [PollFd::from_borrowed_fd(wake, PollFlags::IN), PollFd::from_borrowed_fd(fd, what)];
-        self.poll(&mut fds, timeout)
+        self.poll([PollFd::from_borrowed_fd(fd, what)], timeout)
     }
 
     /// Waits until one of `fds` can be read, for `timeout` at most.
     pub(crate) fn wait_any(&self, fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Woken> {
-        let wake = std::iter::once(self.shared.wake.as_fd());
-        let mut fds: Vec<PollFd<'_>> = wake
-            .chain(fds.iter().copied())
-            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
-            .collect();
-        self.poll(&mut fds, Some(timeout))
+        let fds = fds.iter().map(|&fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        self.poll(fds, Some(timeout))
     }
 
     /// Waits for `time`, or until cancelled.
     pub(crate) fn sleep(&self, time: Duration) -> io::Result<Woken> {
-        let mut fds = [PollFd::from_borrowed_fd(self.shared.wake.as_fd(), PollFlags::IN)];
-        self.poll(&mut fds, Some(time))
+        self.poll([], Some(time))
     }
 
-    fn poll(&self, fds: &mut [PollFd<'_>], timeout: Option<Duration>) -> io::Result<Woken> {
+    fn poll<'f>(
+        &'f self,
+        fds: impl IntoIterator<Item = PollFd<'f>>,
+        timeout: Option<Duration>,
+    ) -> io::Result<Woken> {
+        let own = std::iter::once(&self.shared).chain(&self.whole);
+        let own = own.map(|shared| PollFd::from_borrowed_fd(shared.wake.as_fd(), PollFlags::IN));
+        let mut fds: Vec<PollFd<'f>> = own.chain(fds).collect();
         let timeout = timeout.map(|time| Timespec {
             tv_sec: time.as_secs().try_into().unwrap_or(i64::MAX),
             tv_nsec: time.subsec_nanos().into(),
         });
         loop {
-            match poll(fds, timeout.as_ref()) {
+            match poll(&mut fds, timeout.as_ref()) {
                 Ok(0) => return Ok(Woken::TimedOut),
                 Ok(_) if self.is_set() => return Ok(Woken::Cancelled),
                 Ok(_) => return Ok(Woken::Ready),
@@ -137,6 +158,32 @@ impl Cancel {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+}
+
+/// Wakes one thread, again and again.
+#[derive(Debug)]
+pub(crate) struct Bell(OwnedFd);
+
+impl Bell {
+    pub(crate) fn new() -> io::Result<Bell> {
+        Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Wakes the thread that waits, or that waits next.
+    pub(crate) fn ring(&self) {
+        // A full counter is as readable as any.
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+
+    /// Waits until it is rung, for `timeout` at most.
+    pub(crate) fn wait(&self, cancel: &Cancel, timeout: Option<Duration>) -> io::Result<Woken> {
+        let woken = cancel.wait(self.0.as_fd(), PollFlags::IN, timeout)?;
+        if woken == Woken::Ready {
+            // Nobody else reads it.
+            let _ = rustix::io::read(&self.0, &mut [0; 8]);
+        }
+        Ok(woken)
     }
 }
 
@@ -188,7 +235,7 @@ pub(crate) fn scoped<'s, T: Send + 's>(
     role: Role,
     work: impl FnOnce() -> T + Send + 's,
 ) -> io::Result<ScopedJoinHandle<'s, T>> {
-    thread::Builder::new().name(role.name().into()).spawn_scoped(scope, work)
+    thread::Builder::new().name(role.name().into_owned()).spawn_scoped(scope, work)
 }
 
 /// A running thread. Dropping it wakes it and waits for its end.
@@ -205,7 +252,7 @@ impl Worker {
         cancel: Cancel,
         work: impl FnOnce() + Send + 'static,
     ) -> io::Result<Worker> {
-        let handle = thread::Builder::new().name(role.name().into()).spawn(work)?;
+        let handle = thread::Builder::new().name(role.name().into_owned()).spawn(work)?;
         Ok(Worker { handle: Some(handle), cancel })
     }
 
@@ -242,6 +289,8 @@ mod tests {
         for role in [
             Role::SourceMain,
             Role::SourceUrgent,
+            Role::SourceSend(255),
+            Role::DestinationReceive(255),
             Role::DestinationMain,
             Role::DestinationPopulate,
             Role::DestinationFault,

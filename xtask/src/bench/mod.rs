@@ -7,12 +7,15 @@ use crate::workspace::Workspace;
 
 mod contender;
 mod host_memory;
+mod janitor;
+mod network;
 mod plain;
 mod postcopy;
 mod precopy;
 mod rates;
 mod sample;
 mod scratch;
+mod zero_copy;
 
 /// What to measure.
 #[derive(Debug, clap::Subcommand)]
@@ -21,6 +24,8 @@ pub(crate) enum Bench {
     Precopy(precopy::Args),
     /// Postcopy over slow links, from and to ours and QEMU: what its faults wait (needs root)
     Postcopy(postcopy::Args),
+    /// Whether sending without a copy (MSG_ZEROCOPY) pays on this machine
+    ZeroCopy(zero_copy::Args),
     /// One end of the plain transfer: a process of its own, so that its processor time is
     #[command(hide = true)]
     PlainEnd(plain::Args),
@@ -37,8 +42,9 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
     match which {
         Bench::Precopy(args) => precopy::run(workspace, args),
         Bench::Postcopy(args) => postcopy::run(workspace, args),
+        Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
         Bench::PlainEnd(args) => plain::run(args),
         Bench::RoundTripEnd(args) => postcopy::idle::run(args),
-        Bench::Janitor => postcopy::janitor::run(),
+        Bench::Janitor => janitor::run(),
     }
 }

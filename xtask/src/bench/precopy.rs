@@ -7,6 +7,8 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::contender::{Contender, Memory, Qemu, Scenario, content_file, whimbrel};
+use super::network::Way;
+use super::plain::Transfer;
 use super::sample::{Row, Sample, keep, machine, table};
 use super::scratch::Scratch;
 use super::{host_memory, plain, rates};
@@ -90,14 +92,17 @@ fn measure(
         measurements.push((contender.name(), Box::new(sample)));
     }
     // A plain transfer knows no zero pages, and its memory is its own.
+    let transfer = Transfer { memory: args.memory, connections: 1, zero_copy: false };
     if scenario.preallocated && !args.leaves_out("plain") {
-        measurements
-            .push(("plain send and receive".to_owned(), Box::new(|| plain::sample(args.memory))));
+        measurements.push((
+            "plain send and receive".to_owned(),
+            Box::new(move || plain::sample(transfer, Way::Loopback)),
+        ));
     }
     let mut ours: Vec<Row> = measurements
         .iter()
         .map(|(name, _)| Row {
-            scenario: scenario.name,
+            scenario: scenario.name.to_owned(),
             contender: name.clone(),
             samples: Vec::new(),
         })

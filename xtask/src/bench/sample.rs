@@ -24,7 +24,7 @@ pub(crate) struct Sample {
 /// All samples of one contender in one scenario.
 #[derive(Debug, Clone)]
 pub(crate) struct Row {
-    pub(crate) scenario: &'static str,
+    pub(crate) scenario: String,
     pub(crate) contender: String,
     pub(crate) samples: Vec<Sample>,
 }
@@ -175,7 +175,7 @@ mod tests {
     #[test]
     fn ratios_are_within_a_scenario() {
         let row = |scenario, contender: &str, speed| Row {
-            scenario,
+            scenario: str::to_owned(scenario),
             contender: contender.to_owned(),
             samples: vec![Sample {
                 gigabytes_per_second: speed,

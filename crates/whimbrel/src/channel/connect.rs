@@ -8,17 +8,33 @@ use std::path::Path;
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::tls::TlsClient;
 use super::{Channel, Kind, exec, fd, file, hint};
 use crate::address::Address;
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
-/// Connects to (or creates) what `address` names, for writing: the channel `name`.
-pub(crate) fn connect(
-    name: &'static str,
-    address: &Address,
-    cancel: &Cancel,
-) -> Result<Channel, Error> {
+/// Where channels go, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Route {
+    pub(crate) address: Address,
+    /// With it, every channel is secret.
+    pub(crate) tls: Option<TlsClient>,
+}
+
+impl Route {
+    /// Connects to (or creates) what the address names, for writing: the channel `name`.
+    pub(crate) fn connect(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {
+        let mut channel = open(name, &self.address, cancel)?;
+        if let Some(tls) = &self.tls {
+            channel.secure_as_client(tls)?;
+            channel.finish_handshake()?;
+        }
+        Ok(channel)
+    }
+}
+
+fn open(name: &'static str, address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
     let (fd, kind) = match address {
         Address::Tcp { host, port } => tcp(host, *port, cancel).map(|fd| (fd, Kind::Socket)),
         Address::Unix(path) => unix(path).map(|fd| (fd, Kind::Socket)),

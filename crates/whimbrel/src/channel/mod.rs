@@ -4,6 +4,7 @@
 //! Descriptors are non-blocking and every wait is a `poll` on the descriptor and the
 //! cancellation together, so that a stalled peer never holds a thread.
 
+mod arrivals;
 mod connect;
 mod exec;
 mod fd;
@@ -11,6 +12,8 @@ mod file;
 pub(crate) mod link;
 mod listen;
 pub(crate) mod tls;
+mod waiting;
+pub(crate) mod name;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -25,10 +28,11 @@ use whimbrel_ram::kernel_copy::{Gather, Scatter};
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
-pub(crate) use connect::connect;
+pub(crate) use arrivals::Arrivals;
+pub(crate) use connect::Route;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
-use tls::{Fault, Sent, Session};
+use tls::{Fault, Handshake, Progress, Sent, Session, TlsClient, TlsServer};
 
 /// What a channel is made of, and what has to happen at its end.
 #[derive(Debug)]
@@ -51,19 +55,18 @@ pub(crate) struct Channel {
     bytes_out: u64,
     /// Each write goes out apart from the next ([`link::hold`]).
     apart: bool,
-    /// What makes its bytes secret, if they are.
-    session: Option<Arc<Session>>,
+    security: Security,
 }
 
-/// The first bytes of a channel, left where they are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Peeked {
-    /// They are there.
-    Bytes([u8; 4]),
-    /// Not all of them have come yet.
-    NotYet,
-    /// The peer has ended the stream before.
-    Ended,
+/// Who can read a channel's bytes on their way.
+#[derive(Debug)]
+enum Security {
+    /// Everybody.
+    Plain,
+    /// Nobody will: until then nothing of the migration's is sent or received.
+    Handshake(Box<Handshake>),
+    /// Nobody.
+    Secret(Arc<Session>),
 }
 
 impl Channel {
@@ -79,26 +82,84 @@ impl Channel {
             bytes_in: 0,
             bytes_out: 0,
             apart: false,
-            session: None,
+            security: Security::Plain,
         })
     }
 
-    /// From here on its bytes are secret.
-    fn set_session(&mut self, session: Session) {
-        self.session = Some(Arc::new(session));
+    /// Begins the handshake of the side that has connected.
+    pub(crate) fn secure_as_client(&mut self, how: &TlsClient) -> Result<(), Error> {
+        self.begin_handshake(Handshake::connect(how))
     }
 
-    /// Whether its bytes are secret.
-    pub(crate) fn is_secret(&self) -> bool {
-        self.session.is_some()
+    /// Begins the handshake of the side that was connected to.
+    pub(crate) fn secure_as_server(&mut self, how: &TlsServer) -> Result<(), Error> {
+        self.begin_handshake(Handshake::accept(how))
+    }
+
+    fn begin_handshake(&mut self, handshake: Result<Handshake, String>) -> Result<(), Error> {
+        if !self.is_two_way() {
+            return Err(self.tls_error(
+                "a handshake needs a way back, which this transport has not: use tcp: or unix:, or \
+                 unset tls-creds"
+                    .into(),
+            ));
+        }
+        let handshake = handshake.map_err(|reason| self.tls_error(reason))?;
+        self.security = Security::Handshake(Box::new(handshake));
+        Ok(())
+    }
+
+    /// Goes on with the handshake, as far as that is possible without waiting; gives what the
+    /// descriptor has to be ready for before it can go on, or `None` when there is nothing to do.
+    pub(crate) fn handshake(&mut self) -> Result<Option<PollFlags>, Error> {
+        let Security::Handshake(handshake) = &mut self.security else { return Ok(None) };
+        match handshake.step(self.fd.as_fd()) {
+            Ok(Progress::Needs(what)) => Ok(Some(what)),
+            Ok(Progress::Done(session)) => {
+                self.security = Security::Secret(Arc::new(session));
+                Ok(None)
+            }
+            Err(reason) => Err(self.tls_error(reason)),
+        }
+    }
+
+    /// When the handshake has to be over, if it is not.
+    pub(crate) fn handshake_deadline(&self) -> Option<Instant> {
+        match &self.security {
+            Security::Handshake(handshake) => Some(handshake.deadline()),
+            Security::Plain | Security::Secret(_) => None,
+        }
+    }
+
+    /// Goes through with the handshake, if there is one.
+    pub(crate) fn finish_handshake(&mut self) -> Result<(), Error> {
+        while let Some(what) = self.handshake()? {
+            let deadline = self.handshake_deadline().unwrap_or_else(Instant::now);
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.cancel.wait(self.fd.as_fd(), what, Some(left)) {
+                Ok(Woken::Cancelled) => return Err(Error::Cancelled),
+                Ok(Woken::Ready | Woken::TimedOut) => {}
+                Err(error) => return Err(self.error(error, 0)),
+            }
+        }
+        Ok(())
+    }
+
+    fn session(&self) -> Option<Arc<Session>> {
+        match &self.security {
+            Security::Plain => None,
+            Security::Secret(session) => Some(session.clone()),
+            Security::Handshake(_) => unreachable!("whoever uses a channel has made it a secret one"),
+        }
     }
 
     /// The same connection as a channel of its own, for the other direction.
     pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
         let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
         let kind = Kind::Socket;
-        let (cancel, session) = (self.cancel.clone(), self.session.clone());
-        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, session })
+        let cancel = self.cancel.clone();
+        let security = self.session().map_or(Security::Plain, Security::Secret);
+        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, security })
     }
 
     /// Waits until a write is likely to go through, for `timeout` at most.
@@ -118,6 +179,34 @@ impl Channel {
     /// The channel's name, for errors.
     pub(crate) fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// What is there already, without taking it; `None` when nothing is, 0 at the end of the stream.
+    pub(crate) fn peek(&self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
+        let there = match self.session() {
+            Some(session) => session.peek(self.fd.as_fd(), buffer),
+            None => {
+                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+                match rustix::net::recv(&self.fd, buffer, flags) {
+                    Ok((_, bytes)) => Ok(Some(bytes)),
+                    Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+                    Err(error) => Err(Fault::System(error.into())),
+                }
+            }
+        };
+        there.map_err(|fault| self.fault(fault, self.bytes_in))
+    }
+
+    /// It is known now what the channel is for, and what ends its waits.
+    fn known_as(mut self, name: &'static str, cancel: &Cancel) -> Channel {
+        self.rename(name);
+        self.heed(cancel.clone());
+        self
+    }
+
+    /// It is known now what the channel is for.
+    pub(crate) fn rename(&mut self, name: &'static str) {
+        self.name = name;
     }
 
     /// From here on `cancel` is what ends its waits.
@@ -143,7 +232,7 @@ impl Channel {
     /// Writes all of `pieces`. What has not gone out as a whole when this fails, the peer can, on a
     /// secret channel, read nothing of.
     pub(crate) fn send(&mut self, pieces: &mut Gather<'_>) -> Result<(), Error> {
-        if let Some(session) = self.session.clone() {
+        if let Some(session) = self.session() {
             return self.send_secretly(&session, pieces);
         }
         while pieces.bytes_left() > 0 {
@@ -175,7 +264,7 @@ impl Channel {
                 }
                 Err(fault) => {
                     // The reason often lies unread on the other direction.
-                    let said = session.last_word(self.fd.as_fd()).map(Fault::Broken);
+                    let said = session.last_word(self.fd.as_fd());
                     return Err(self.fault(said.unwrap_or(fault), self.bytes_out));
                 }
             }
@@ -209,7 +298,7 @@ impl Channel {
         if self.cancel.is_set() {
             return Err(Error::Cancelled);
         }
-        let received = match &self.session {
+        let received = match self.session() {
             Some(session) => session.receive(self.fd.as_fd(), pieces),
             None => self.try_read(pieces).map_err(Fault::System),
         };
@@ -248,26 +337,6 @@ impl Channel {
                 Ok(Woken::Ready) => {}
                 Err(error) => return Err(self.error(error, self.bytes_in)),
             }
-        }
-    }
-
-    /// The first four bytes that are still to be received, which tell what a connection is for.
-    /// Never waits; the descriptor tells when there may be more.
-    pub(crate) fn peek(&self) -> Result<Peeked, Error> {
-        let mut first = [0; 4];
-        let there = match &self.session {
-            Some(session) => session.peek(self.fd.as_fd(), &mut first),
-            None => match rustix::net::recv(&self.fd, &mut first, RecvFlags::PEEK) {
-                Ok((_, 0)) => Ok(None),
-                Ok((_, there)) => Ok(Some(there)),
-                Err(Errno::AGAIN | Errno::INTR) => Ok(Some(0)),
-                Err(error) => Err(Fault::System(error.into())),
-            },
-        };
-        match there.map_err(|fault| self.fault(fault, self.bytes_in))? {
-            Some(4) => Ok(Peeked::Bytes(first)),
-            Some(_) => Ok(Peeked::NotYet),
-            None => Ok(Peeked::Ended),
         }
     }
 
@@ -335,7 +404,7 @@ impl Channel {
     /// On a secret channel, says that this was all: a peer may insist on it. Whoever does not read
     /// it, or has gone, has what matters already.
     fn say_goodbye(&mut self) {
-        let Some(session) = self.session.take() else { return };
+        let Security::Secret(session) = &self.security else { return };
         session.end();
         let deadline = Instant::now() + GOODBYE;
         loop {

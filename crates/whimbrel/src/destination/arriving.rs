@@ -6,6 +6,7 @@ use std::time::Instant;
 use whimbrel_ram::{AbsentRam, BlockIndex, HostPage, TARGET_PAGE, TargetPage};
 
 use super::asked::Asked;
+use crate::channel::name;
 use crate::error::Error;
 use crate::worker::Cancel;
 
@@ -16,20 +17,29 @@ const PAGE: u64 = TARGET_PAGE.bytes() as u64;
 pub(super) enum Via {
     Main,
     Urgent,
+    /// A multifd channel.
+    Multifd(u8),
 }
 
 impl Via {
+    /// How many there can be at most with so many multifd channels.
+    fn count(multifd: usize) -> usize {
+        2 + multifd
+    }
+
+    fn index(self) -> usize {
+        match self {
+            Via::Main => 0,
+            Via::Urgent => 1,
+            Via::Multifd(number) => 2 + usize::from(number),
+        }
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Via::Main => "main",
             Via::Urgent => "urgent",
-        }
-    }
-
-    fn other(self) -> Via {
-        match self {
-            Via::Main => Via::Urgent,
-            Via::Urgent => Via::Main,
+            Via::Multifd(number) => name::multifd(number),
         }
     }
 }
@@ -44,7 +54,7 @@ pub(super) struct Arriving<'a> {
     /// Set when every page has come.
     complete: Cancel,
     /// Per channel, the host page that has come in part: its block and number, and 1.
-    begun: [AtomicU64; 2],
+    begun: Box<[AtomicU64]>,
 }
 
 impl<'a> Arriving<'a> {
@@ -53,8 +63,10 @@ impl<'a> Arriving<'a> {
         asked: &'a Asked,
         blocks: Vec<BlockIndex>,
         complete: Cancel,
+        multifd: usize,
     ) -> Arriving<'a> {
-        let arriving = Arriving { absent, asked, blocks, complete, begun: Default::default() };
+        let begun = (0..Via::count(multifd)).map(|_| AtomicU64::new(0)).collect();
+        let arriving = Arriving { absent, asked, blocks, complete, begun };
         arriving.look_whether_complete();
         arriving
     }
@@ -119,9 +131,10 @@ impl<'a> Arriving<'a> {
     /// A channel has begun a host page, or (`None`) finished it.
     pub(super) fn begun(&self, via: Via, page: Option<HostPage>) -> Result<(), Error> {
         let key = page.map_or(0, |page| u64::from(page.block.0) << 48 | (page.number + 1));
-        self.begun[via as usize].store(key, Ordering::SeqCst);
+        self.begun[via.index()].store(key, Ordering::SeqCst);
+        let others = self.begun.iter().enumerate().filter(|(index, _)| *index != via.index());
         if let Some(page) = page
-            && self.begun[via.other() as usize].load(Ordering::SeqCst) == key
+            && others.into_iter().any(|(_, begun)| begun.load(Ordering::SeqCst) == key)
         {
             return Err(Error::Refused(format!(
                 "{} channel: parts of host page {} of block {} come on two channels",

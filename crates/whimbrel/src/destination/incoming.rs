@@ -12,9 +12,10 @@ use whimbrel_wire::{
 
 use super::ahead::Ahead;
 use super::input::Input;
+use super::multifd::{Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
-use crate::channel::Channel;
+use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::worker::{Cancel, Woken};
@@ -80,6 +81,11 @@ pub(crate) enum Devices {
 #[derive(Debug)]
 pub(crate) struct Incoming {
     input: Input,
+    /// Multifd channels that wait for the RAM they are to fill.
+    channels: Vec<Channel>,
+    receivers: Option<Receivers>,
+    /// Ends the waits of all channels when one has failed.
+    stop: Cancel,
     placing: Option<Placing>,
     ahead: Ahead,
     return_path: bool,
@@ -105,9 +111,13 @@ struct Setup {
 }
 
 impl Incoming {
-    pub(crate) fn new(channel: Channel) -> Incoming {
+    pub(crate) fn new(arrivals: Arrivals) -> Incoming {
+        let Arrivals { main, multifd, stop, .. } = arrivals;
         Incoming {
-            input: Input::new(channel, MainDecoder::new(MainOptions::default())),
+            input: Input::new(main, MainDecoder::new(MainOptions::default())),
+            channels: multifd,
+            receivers: None,
+            stop,
             placing: None,
             ahead: Ahead::default(),
             return_path: false,
@@ -129,6 +139,16 @@ impl Incoming {
     /// Takes the stream in up to where its guest may run, because the source has given up the
     /// right, or up to the package of a postcopy.
     pub(crate) fn receive(&mut self, host: &mut dyn Host) -> Result<Arrived, Error> {
+        let result = self.receive_stream(host);
+        // Whatever this thread met when it was woken, that was first.
+        let first = self.receivers.as_ref().and_then(Receivers::take_failure);
+        match (result, first) {
+            (Err(_), Some(error)) => Err(error),
+            (result, _) => result,
+        }
+    }
+
+    fn receive_stream(&mut self, host: &mut dyn Host) -> Result<Arrived, Error> {
         loop {
             self.read_ahead()?;
             let return_path = self.return_path;
@@ -177,6 +197,13 @@ impl Incoming {
         };
         // With it goes the thread that populates memory: what has not come must stay untouched.
         self.placing = None;
+        let channels = match self.receivers.take() {
+            Some(receivers) => {
+                let goes_on = self.agreed.has(Features::MULTIFD_GOES_ON);
+                receivers.retire(goes_on).map_err(Failed::Before)?
+            }
+            None => Vec::new(),
+        };
         let begun = Begun {
             input: &mut self.input,
             announced,
@@ -187,6 +214,7 @@ impl Incoming {
             own_machine: self.own_machine,
             early: std::mem::take(&mut self.sections),
             len: package,
+            channels,
         };
         postcopy::run(begun, host, terms)
     }
@@ -266,8 +294,22 @@ impl Incoming {
         };
         let blocks: Vec<BlockIndex> = announced.iter().map(|(_, info)| place(info)).collect();
         let received = self.advised.then(|| Arc::new(Received::new(&ram)));
-        let placing = Placing::new(ram.clone(), blocks.clone(), host.ram_is_fresh());
-        self.placing = Some(placing.telling(received.clone()).populating_ahead()?);
+        let target = Arc::new(Target {
+            content: Arc::new(Received::new(&ram)),
+            ram: ram.clone(),
+            fresh: host.ram_is_fresh(),
+            arrived: received.clone(),
+            placed: self.placed.clone(),
+        });
+        if !self.channels.is_empty() {
+            let channels = std::mem::take(&mut self.channels);
+            self.receivers = Some(Receivers::start(channels, &target, &self.stop)?);
+        }
+        let mut placing = Placing::new(target, blocks.clone());
+        if self.receivers.is_none() {
+            placing = placing.populating_ahead()?;
+        }
+        self.placing = Some(placing);
         self.setup = Some(Setup { announced, ram, blocks, received });
         Ok(())
     }
@@ -356,10 +398,18 @@ impl Incoming {
                 placing.placed(place);
                 Ok(())
             }
-            RamRecord::EndOfSection => Ok(()),
-            RamRecord::MultifdFlush => {
-                Err(unsupported("a multifd stream (switch capability multifd off at the source)"))
-            }
+            RamRecord::EndOfSection => match &mut self.receivers {
+                Some(receivers) => receivers.section_ends(),
+                None => Ok(()),
+            },
+            RamRecord::MultifdFlush => match &mut self.receivers {
+                Some(receivers) => receivers.mark(),
+                None => Err(Error::Refused(
+                    "main channel: the source has capability multifd on and this side has not: \
+                     set the same on both sides, and the same multifd-channels"
+                        .into(),
+                )),
+            },
         }
     }
 

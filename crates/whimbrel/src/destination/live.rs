@@ -7,7 +7,7 @@ use whimbrel_wire::{BlockList, Configuration, DeviceSection};
 
 use super::incoming::{Arrived, Devices, Host, Incoming};
 use super::postcopy::{Failed, Terms};
-use crate::channel::Listener;
+use crate::channel::{Arrivals, Listener};
 use crate::error::Error;
 use crate::global_state;
 use crate::guest::Guest;
@@ -22,6 +22,8 @@ use crate::worker::{Cancel, Links};
 pub(crate) struct Job {
     pub(crate) guest: Arc<Guest>,
     pub(crate) capabilities: Capabilities,
+    /// How many multifd channels there are.
+    pub(crate) multifd: u8,
     /// Whether the guest is to run at once when it did at the source.
     pub(crate) autostart: bool,
     pub(crate) report: Arc<Report>,
@@ -36,6 +38,21 @@ impl Job {
             self.guest.emit(&Event::Migration(status));
         }
     }
+
+    /// Multifd channels always say which VM they are of, as far as it has a UUID.
+    fn check_uuid(&self, arrivals: &Arrivals) -> Result<(), Error> {
+        match self.guest.vm().uuid() {
+            Some(here) if arrivals.uuid != [0; 16] && arrivals.uuid != here => {
+                let (source_has, here) = (uuid_text(arrivals.uuid), uuid_text(here));
+                Err(Error::Mismatch { what: "UUID".into(), source_has, here })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn uuid_text(uuid: [u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(uuid))
 }
 
 /// Takes the guest in. The body of `dest/main`.
@@ -53,9 +70,11 @@ pub(crate) fn run(job: &Job, listener: Listener) {
 }
 
 fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
-    let channel = listener.accept("main", &job.cancel)?;
+    let arrivals = Arrivals::wait(&listener, job.multifd, &job.cancel)?;
+    job.report.forget_error(); // It was that of a connection that was turned away.
+    job.check_uuid(&arrivals)?;
     job.set_status(MigrationStatus::Active);
-    let mut incoming = Incoming::new(channel);
+    let mut incoming = Incoming::new(arrivals);
     let mut waiting = Waiting { job, runs: true };
     let arrived = match incoming.receive(&mut waiting) {
         Ok(arrived) => arrived,
@@ -149,8 +168,7 @@ impl Host for Waiting<'_> {
             && let (Some(source), Some(here)) = (configuration.uuid, vm.uuid())
             && source != here
         {
-            let text = |uuid: [u8; 16]| format!("{:032x}", u128::from_be_bytes(uuid));
-            let (source_has, here) = (text(source), text(here));
+            let (source_has, here) = (uuid_text(source), uuid_text(here));
             return Err(Error::Mismatch { what: "UUID".into(), source_has, here });
         }
         Ok(())

@@ -3,7 +3,7 @@
 //! [`input`], [`ahead`] and [`placing`] are the road of a page on this side, [`incoming`] goes
 //! through the stream, [`live`] is a VM that waits for it. From the package of a postcopy on,
 //! [`postcopy`] goes on with threads beside it: [`fault`] and [`asked`] ask for pages, [`urgent`]
-//! takes them in, [`restore`] makes huge pages of small ones; [`assembly`] and [`arriving`] are the
+//! takes them in, [`rest`] what comes on multifd channels, [`restore`] makes huge pages of small ones; [`assembly`] and [`arriving`] are the
 //! road of a page then. What keeps a VM instead of running it is in [`crate::kept`].
 
 mod ahead;
@@ -15,9 +15,11 @@ mod fault;
 pub(crate) mod incoming;
 mod input;
 pub(crate) mod live;
+mod multifd;
 mod outbox;
 mod placing;
 mod populate;
 pub(crate) mod postcopy;
+mod rest;
 mod restore;
 mod urgent;

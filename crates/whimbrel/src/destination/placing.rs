@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{BlockIndex, RamBlock, TARGET_PAGE, TargetPage};
+use whimbrel_wire::BlockOffset;
 
+use super::multifd::Target;
 use super::populate::Populate;
 use crate::error::Error;
 
@@ -24,79 +26,43 @@ pub(super) struct Place {
     pub(super) offset: u64,
 }
 
-/// The RAM that a stream fills.
+/// The RAM that a stream fills, as the main channel sees it.
 #[derive(Debug)]
 pub(super) struct Placing {
-    ram: GuestRam,
+    target: Arc<Target>,
     /// The stream's blocks, by their place in its list.
     blocks: Vec<BlockIndex>,
-    /// One bit a page of each of them: something has been placed there.
-    received: Vec<Vec<u64>>,
-    /// What has not been received is zero.
-    fresh: bool,
     last: Option<Place>,
     in_a_row: u32,
     populate: Option<Populate>,
-    /// Where a postcopy may follow: which pages have come, also those that are zero.
-    arrived: Option<Arc<Received>>,
 }
 
 impl Placing {
-    pub(super) fn new(ram: GuestRam, blocks: Vec<BlockIndex>, fresh: bool) -> Placing {
-        let words = |index: &BlockIndex| {
-            let pages = ram.block(*index).target_pages();
-            vec![0; usize::try_from(pages.div_ceil(64)).expect("RAM fits in memory")]
-        };
-        let received = blocks.iter().map(words).collect();
-        Placing {
-            ram,
-            blocks,
-            received,
-            fresh,
-            last: None,
-            in_a_row: 0,
-            populate: None,
-            arrived: None,
-        }
-    }
-
-    /// Has `arrived` told which pages have come.
-    pub(super) fn telling(mut self, arrived: Option<Arc<Received>>) -> Placing {
-        self.arrived = arrived;
-        self
-    }
-
-    fn has_arrived(&self, place: Place) {
-        if let Some(arrived) = &self.arrived {
-            arrived.set(self.blocks[place.block], TargetPage::containing(place.offset));
-        }
+    pub(super) fn new(target: Arc<Target>, blocks: Vec<BlockIndex>) -> Placing {
+        Placing { target, blocks, last: None, in_a_row: 0, populate: None }
     }
 
     /// Has memory taken from the host ahead of the pages that come.
     pub(super) fn populating_ahead(mut self) -> Result<Placing, Error> {
-        self.populate = Some(Populate::start(self.ram.clone())?);
+        self.populate = Some(Populate::start(self.target.ram.clone())?);
         Ok(self)
     }
 
     pub(super) fn block(&self, place: Place) -> &RamBlock {
-        self.ram.block(self.blocks[place.block])
-    }
-
-    fn word(place: Place) -> (usize, u64) {
-        let page = TargetPage::containing(place.offset).0;
-        (usize::try_from(page / 64).expect("RAM fits in memory"), 1 << (page % 64))
+        self.target.ram.block(self.blocks[place.block])
     }
 
     fn has(&self, place: Place) -> bool {
-        let (word, bit) = Placing::word(place);
-        self.received[place.block][word] & bit != 0
+        self.target.content.contains(self.blocks[place.block], TargetPage::containing(place.offset))
     }
 
     /// The content of a page has been placed.
     pub(super) fn placed(&mut self, place: Place) {
-        self.has_arrived(place);
-        let (word, bit) = Placing::word(place);
-        self.received[place.block][word] |= bit;
+        let (block, page) = (self.blocks[place.block], TargetPage::containing(place.offset));
+        if let Some(arrived) = &self.target.arrived {
+            arrived.set(block, page);
+        }
+        self.target.content.set(block, page);
         let follows = self.last.is_some_and(|last| next(last) == place);
         self.in_a_row = if follows { self.in_a_row.saturating_add(1) } else { 0 };
         self.last = Some(place);
@@ -107,7 +73,7 @@ impl Placing {
 
     fn follow(&mut self, place: Place) {
         let index = self.blocks[place.block];
-        let len = self.ram.block(index).len();
+        let len = self.target.ram.block(index).len();
         if let Some(populate) = &mut self.populate {
             populate.follow(index, len, place.offset, u64::from(self.in_a_row) * PAGE as u64);
         }
@@ -115,23 +81,15 @@ impl Placing {
 
     /// A page is zero. Untouched memory stays untouched.
     pub(super) fn place_zero(&mut self, place: Place) -> Result<(), Error> {
-        self.has_arrived(place);
         self.last = None;
         self.in_a_row = 0;
-        let block = self.block(place);
-        if !self.has(place) && self.fresh {
-            return Ok(());
-        }
-        if !block.is_zero(TargetPage::containing(place.offset)) {
-            block.write_zeros(place.offset, PAGE)?;
-        }
-        Ok(())
+        self.target.place_zero(self.blocks[place.block], BlockOffset(place.offset))
     }
 
     /// The pages that are likely to come next, `most` at most, none where nothing is likely. None
     /// of them has been received: they are all zero, and can be made so again.
     pub(super) fn expected(&self, most: usize) -> impl Iterator<Item = Place> {
-        let likely = self.fresh && self.in_a_row >= ROW;
+        let likely = self.target.fresh && self.in_a_row >= ROW;
         let first = self.last.filter(|_| likely).map(next);
         let len = first.map_or(0, |place| self.block(place).len());
         std::iter::successors(first, |place| Some(next(*place)))
@@ -146,12 +104,16 @@ fn next(place: Place) -> Place {
 
 #[cfg(test)]
 mod tests {
+    use whimbrel_ram::{GuestRam, Received};
+
     use super::*;
 
     fn placing(fresh: bool) -> Placing {
         let block = |name| RamBlock::anonymous(name, 0, 1 << 20).expect("1 MiB");
         let ram = GuestRam::new(vec![block("a"), block("b")]);
-        Placing::new(ram, vec![BlockIndex(1), BlockIndex(0)], fresh)
+        let (content, arrived) = (Arc::new(Received::new(&ram)), None);
+        let target = Target { ram, content, fresh, arrived, placed: Arc::default() };
+        Placing::new(Arc::new(target), vec![BlockIndex(1), BlockIndex(0)])
     }
 
     fn place(page: u64) -> Place {

@@ -23,9 +23,10 @@ use super::blocktime::Blocktime;
 use super::fault::Asking;
 use super::incoming::{Devices, Host};
 use super::input::Input;
+use super::multifd::PacketInput;
 use super::outbox::Outbox;
-use super::restore;
 use super::urgent::{self, Urgent};
+use super::{rest, restore};
 use crate::channel::Listener;
 use crate::error::Error;
 use crate::hello::Features;
@@ -75,6 +76,8 @@ pub(super) struct Begun<'i> {
     pub(super) early: Vec<DeviceSection>,
     /// The length of the package.
     pub(super) len: u32,
+    /// Multifd channels. Where they do not go on they stay open to the end, as QEMU has it.
+    pub(super) channels: Vec<PacketInput>,
 }
 
 /// How it failed.
@@ -239,8 +242,11 @@ fn receive(
     let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
     let spawning = || Error::system("starting a thread");
     let links = terms.links.current();
-    let Begun { input, announced, blocks, early, own_machine, .. } = begun;
-    let arriving = Arriving::new(absent, asked, blocks, new_cancel()?);
+    let Begun { input, announced, blocks, early, own_machine, agreed, channels, .. } = begun;
+    let arriving = Arriving::new(absent, asked, blocks, new_cancel()?, channels.len());
+    let goes_on = agreed.has(Features::MULTIFD_GOES_ON) && !channels.is_empty();
+    // Otherwise they stay open, and nothing comes.
+    let (taken, _silent) = if goes_on { (channels, Vec::new()) } else { (Vec::new(), channels) };
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
     let mut output = input.channel().other_direction("return path")?;
@@ -268,6 +274,12 @@ fn receive(
                 };
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
             }
+            for (number, mut channel) in (0u8..).zip(taken) {
+                channel.heed(shared.stop.clone());
+                let arriving = &arriving;
+                let body = move || shared.check_beside(rest::run(channel, number, arriving));
+                scoped(scope, Role::DestinationReceive(number), body).map_err(spawning())?;
+            }
             if restore::is_of_use(absent) {
                 let body = || shared.check_beside(restore::run(absent, &shared.stop));
                 scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
@@ -284,7 +296,7 @@ fn receive(
                 return Err(Error::Cancelled); // Somebody has told why.
             }
             take_pages(input, &arriving, &shared.outbox)?;
-            wait_for_all(&arriving, &links, terms.urgent.is_some())?;
+            wait_for_all(&arriving, &links, terms.urgent.is_some() || goes_on)?;
             if !matches!(loading.join(), Ok(Some(()))) {
                 return Err(Error::Cancelled); // It has told why.
             }
@@ -409,11 +421,14 @@ fn take_urgent(
     stop: &Cancel,
 ) -> Result<(), Error> {
     let channel = listener.accept("urgent", stop)?;
-    match Urgent::new(channel, announced, arriving).run(arriving)? {
-        urgent::Ended::Closed if !arriving.is_complete() => Err(Error::Refused(
+    match Urgent::new(channel, announced, arriving).run(arriving) {
+        // A source may close it when it has sent all: QEMU does, without a word.
+        Err(Error::Truncated { .. }) if arriving.is_complete() => Ok(()),
+        Err(error) => Err(error),
+        Ok(urgent::Ended::Closed) if !arriving.is_complete() => Err(Error::Refused(
             "urgent channel: the source closed it before every page had come".into(),
         )),
-        urgent::Ended::Closed | urgent::Ended::Mark => Ok(()),
+        Ok(urgent::Ended::Closed | urgent::Ended::Mark) => Ok(()),
     }
 }
 

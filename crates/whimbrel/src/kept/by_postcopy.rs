@@ -1,23 +1,17 @@
 //! Sending a kept VM by postcopy: its guest runs at the destination at once, on RAM that is still
 //! in the file.
 
-use std::time::Duration;
+use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE};
 
-use whimbrel_ram::dirty::DirtyBits;
-use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE, TargetPage};
-
-use super::KeptVm;
+use super::on_channels::ANSWER_MAX;
 use super::restore::{Restoring, announce};
+use super::{KeptVm, machine};
 use crate::address::Address;
-use crate::channel;
 use crate::error::Error;
 use crate::settings::Parameters;
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
 use crate::source::setup::PINGS_AT_SETUP;
 use crate::status::MigrationStatus;
-
-/// How long a destination may take for its first answer, which costs it nothing.
-const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 /// How a kept VM goes by postcopy.
 #[derive(Clone, Debug, Default)]
@@ -52,10 +46,11 @@ pub(super) fn send(
     restoring: &Restoring,
 ) -> Result<(), Failed> {
     let report = &*restoring.progress.0;
-    let ends_with_mark = is_up_to_7_2(&vm.machine());
+    let ends_with_mark = machine::is_up_to((7, 2), &vm.machine());
     let prepare = || {
         let units = units(vm, &how.page_sizes)?;
-        let channel = channel::connect("main", address, &restoring.cancel)?;
+        let route = restoring.route(address)?;
+        let channel = route.connect("main", &restoring.cancel)?;
         if !channel.is_two_way() {
             return Err(Error::Refused(format!(
                 "{address}: postcopy needs a way back, which this transport has not: \
@@ -63,8 +58,8 @@ pub(super) fn send(
             )));
         }
         let unit = |block: BlockIndex| units[block.index()];
-        let mut stream = announce(vm, channel, true, &unit, report)?;
-        let open = || postcopy::open_urgent(address, &restoring.cancel);
+        let mut stream = announce(vm, channel, (true, None), &unit, report)?;
+        let open = || postcopy::open_urgent(&route, &restoring.cancel);
         // A QEMU up to 7.2 waits for this connection before it reads anything.
         let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
         let answers = stream.answers.as_mut().expect("the channel is two-way");
@@ -96,9 +91,10 @@ pub(super) fn send(
         parameters: &|| parameters.clone(),
         cancel: &restoring.cancel,
         links: &restoring.links,
-        content: Some(content(vm)),
+        content: Some(vm.content()),
         hot: None,
         urgent_ends_with_mark: ends_with_mark,
+        channels: None,
     };
     postcopy.run(&map, stream, urgent, vm.devices.sections.clone(), &mut Kept(restoring))
 }
@@ -123,41 +119,4 @@ fn units(vm: &KeptVm, sizes: &[(String, PageSize)]) -> Result<Vec<PageSize>, Err
         units[index.index()] = *size;
     }
     Ok(units)
-}
-
-/// The pages that are not zero.
-fn content(vm: &KeptVm) -> DirtyBits {
-    let mut content = DirtyBits::none(&vm.ram);
-    for (index, block) in vm.ram.blocks() {
-        for page in (0..block.target_pages()).map(TargetPage) {
-            if vm.is_present(index, page) {
-                content.insert(index, page, 1);
-            }
-        }
-    }
-    content
-}
-
-/// Whether a machine type is of QEMU 7.2 or before, by the version its name ends in.
-fn is_up_to_7_2(machine: &str) -> bool {
-    let version = machine.rsplit('-').next().and_then(|text| {
-        let (major, minor) = text.split_once('.')?;
-        Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-    });
-    version.is_some_and(|version| version <= (7, 2))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn machines_are_told_apart_by_their_version() {
-        for old in ["pc-q35-7.2", "pc-i440fx-6.0", "virt-5.12"] {
-            assert!(is_up_to_7_2(old), "{old}");
-        }
-        for new in ["pc-q35-8.0", "pc-q35-10.0", "microvm", "whimbrel-vm-1", "pc-q35-7.10"] {
-            assert!(!is_up_to_7_2(new), "{new}");
-        }
-    }
 }

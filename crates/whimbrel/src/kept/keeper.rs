@@ -28,6 +28,8 @@ pub(super) struct Keeper {
     ahead: Option<Devices>,
     touch: Touch,
     toucher: Option<Worker>,
+    /// The UUID that multifd channels told, if any.
+    uuid: Option<[u8; 16]>,
 }
 
 impl Keeper {
@@ -40,7 +42,14 @@ impl Keeper {
             ahead: None,
             touch,
             toucher: None,
+            uuid: None,
         }
+    }
+
+    /// The VM has this UUID, unless it is zero: kept, because multifd channels to its next host
+    /// have to tell it again.
+    pub(super) fn is_of(&mut self, uuid: [u8; 16]) {
+        self.uuid = Some(uuid).filter(|uuid| *uuid != [0; 16]);
     }
 
     /// RAM of a guest that came first is complete: everything goes to the disk.
@@ -72,7 +81,9 @@ impl Host for Keeper {
                     .into(),
             ));
         }
-        self.configuration = Some(configuration.clone());
+        let mut configuration = configuration.clone();
+        configuration.uuid = configuration.uuid.or(self.uuid);
+        self.configuration = Some(configuration);
         Ok(())
     }
 

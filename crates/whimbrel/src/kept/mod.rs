@@ -6,6 +6,8 @@
 mod by_postcopy;
 mod keeper;
 mod layout;
+mod machine;
+mod on_channels;
 mod open;
 mod restore;
 mod touch;
@@ -15,11 +17,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use by_postcopy::ByPostcopy;
+pub use on_channels::Multifd;
 pub use open::KeptVm;
 pub use touch::Touch;
 
 use crate::address::Address;
-use crate::channel::Listener;
+use crate::channel::tls::{Authorization, TlsCredentials};
+use crate::channel::{Arrivals, Listener};
 use crate::destination::incoming::{Arrived, Incoming};
 use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
@@ -36,6 +40,7 @@ pub struct Receiver {
     links: Links,
     placed: Arc<AtomicU64>,
     preempt: bool,
+    multifd: u8,
     touch: Touch,
 }
 
@@ -75,14 +80,38 @@ impl Receiver {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
-        let (placed, preempt, touch) = (Arc::default(), false, Touch::Nothing);
-        Ok(Receiver { listener, cancel, links, placed, preempt, touch })
+        let (placed, preempt, multifd, touch) = (Arc::default(), false, 0, Touch::Nothing);
+        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch })
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
     #[must_use]
     pub fn with_preempt(self, preempt: bool) -> Receiver {
         Receiver { preempt, ..self }
+    }
+
+    /// The source has capability `multifd` on, and as many `multifd-channels`; 0 is without.
+    #[must_use]
+    pub fn with_multifd(self, channels: u8) -> Receiver {
+        Receiver { multifd: channels, ..self }
+    }
+
+    /// Takes in only what comes over TLS, from whom `authorization` allows: without it, from
+    /// everybody with a certificate of the CA.
+    pub fn with_tls(
+        self,
+        credentials: &TlsCredentials,
+        authorization: Option<Authorization>,
+    ) -> Result<Receiver, Error> {
+        let tls = credentials.server(authorization)?;
+        Ok(Receiver { listener: self.listener.secured(Some(tls)), ..self })
+    }
+
+    /// Calls `told` with the reason whenever a connection is turned away and another one waited
+    /// for. It must not block for long.
+    #[must_use]
+    pub fn telling_refusals(self, told: impl Fn(&Error) + Send + Sync + 'static) -> Receiver {
+        Receiver { listener: self.listener.telling(told), ..self }
     }
 
     /// In a postcopy, pages are touched in this order while they come.
@@ -111,8 +140,9 @@ impl Receiver {
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
         let mut keeper = keeper::Keeper::new(path, self.touch);
-        let channel = self.listener.accept("main", &self.cancel)?;
-        let mut incoming = Incoming::new(channel).with_progress(self.placed.clone());
+        let arrivals = Arrivals::wait(&self.listener, self.multifd, &self.cancel)?;
+        keeper.is_of(arrivals.uuid);
+        let mut incoming = Incoming::new(arrivals).with_progress(self.placed.clone());
         let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());
         let Ok(summary) = kept else {
             incoming.fail();

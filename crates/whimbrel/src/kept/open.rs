@@ -5,7 +5,8 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use whimbrel_ram::{GuestRam, RamBlock};
+use whimbrel_ram::dirty::DirtyBits;
+use whimbrel_ram::{GuestRam, RamBlock, TargetPage};
 use whimbrel_wire::{
     BlockInfo, BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
     MainOptions, MappedRamHeader, RamRecord, page_bitmap as bitmap,
@@ -65,6 +66,19 @@ impl KeptVm {
         page: whimbrel_ram::TargetPage,
     ) -> bool {
         bitmap::is_set(&self.present[block.index()], page.0)
+    }
+
+    /// The pages that are not zero.
+    pub(super) fn content(&self) -> DirtyBits {
+        let mut content = DirtyBits::none(&self.ram);
+        for (index, block) in self.ram.blocks() {
+            for page in (0..block.target_pages()).map(TargetPage) {
+                if self.is_present(index, page) {
+                    content.insert(index, page, 1);
+                }
+            }
+        }
+        content
     }
 }
 

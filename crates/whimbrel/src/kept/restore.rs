@@ -7,12 +7,15 @@ use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
 use super::by_postcopy::{self, ByPostcopy};
+use super::on_channels::{self, Multifd};
 use super::{KeptVm, Progress, Stop, report};
 use crate::address::Address;
-use crate::channel::{self, Channel};
+use crate::channel::tls::TlsCredentials;
+use crate::channel::{Channel, Route};
 use crate::error::Error;
 use crate::report::{Report, add, get, set};
 use crate::source::handover;
+use crate::source::multifd::{Channels, Dialect};
 use crate::source::postcopy::Failed;
 use crate::source::setup::{Announcement, RAM_SECTION, Stream};
 use crate::status::{MigrationInfo, MigrationStatus};
@@ -27,6 +30,8 @@ pub struct Restoring {
     pub(super) progress: Progress,
     pub(super) cancel: Cancel,
     pub(super) links: Links,
+    multifd: Option<Multifd>,
+    tls: Option<(TlsCredentials, Option<String>)>,
 }
 
 impl KeptVm {
@@ -34,11 +39,33 @@ impl KeptVm {
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links })
+        let progress = Progress(Arc::new(report()));
+        Ok(Restoring { progress, cancel, links, multifd: None, tls: None })
     }
 }
 
 impl Restoring {
+    /// Sends the pages on several channels, in precopy.
+    #[must_use]
+    pub fn with_multifd(self, multifd: Option<Multifd>) -> Restoring {
+        Restoring { multifd, ..self }
+    }
+
+    /// Sends everything over TLS. The destination's certificate has to be for `hostname`, or else for
+    /// the host in the address.
+    #[must_use]
+    pub fn with_tls(self, credentials: TlsCredentials, hostname: Option<String>) -> Restoring {
+        Restoring { tls: Some((credentials, hostname)), ..self }
+    }
+
+    pub(super) fn route(&self, address: &Address) -> Result<Route, Error> {
+        let tls = match &self.tls {
+            Some((credentials, hostname)) => Some(credentials.client(address, hostname.as_deref())?),
+            None => None,
+        };
+        Ok(Route { address: address.clone(), tls })
+    }
+
     /// What ends it from another thread.
     pub fn stopper(&self) -> Stop {
         Stop { cancel: self.cancel.clone(), links: self.links.clone() }
@@ -104,7 +131,7 @@ impl Restoring {
 pub(super) fn announce(
     vm: &KeptVm,
     channel: Channel,
-    postcopy: bool,
+    (postcopy, multifd): (bool, Option<Dialect>),
     units: &dyn Fn(BlockIndex) -> PageSize,
     report: &Report,
 ) -> Result<Stream, Error> {
@@ -112,8 +139,14 @@ pub(super) fn announce(
     let mut configuration = vm.configuration.clone();
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
-    let announcement =
-        Announcement { configuration: &configuration, ram: &vm.ram, units, return_path, postcopy };
+    let announcement = Announcement {
+        configuration: &configuration,
+        ram: &vm.ram,
+        units,
+        return_path,
+        postcopy,
+        multifd,
+    };
     let early = |words: &mut Vec<u8>| vm.early.iter().for_each(|section| section.encode(words));
     let stream = announcement.send(channel, early)?;
     report.setup_is_done();
@@ -123,9 +156,24 @@ pub(super) fn announce(
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let channel = channel::connect("main", address, &restoring.cancel)?;
-    let mut stream = announce(vm, channel, false, &|_| TARGET_PAGE, report)?;
-    send_pages(vm, &mut stream, restoring)?;
+    let route = restoring.route(address)?;
+    let mut channel = route.connect("main", &restoring.cancel)?;
+    let mut channels = match &restoring.multifd {
+        Some(multifd) => Some(on_channels::connect(vm, &route, multifd, restoring)?),
+        None => None,
+    };
+    if let Some(channels) = &channels {
+        channel.heed(channels.stop().clone());
+    }
+    let dialect = channels.as_ref().map(Channels::dialect);
+    let mut stream = announce(vm, channel, (false, dialect), &|_| TARGET_PAGE, report)?;
+    match &mut channels {
+        Some(channels) => {
+            on_channels::wait_for_answer(address, channels, &mut stream)?;
+            on_channels::send_pages(vm, channels, &mut stream, restoring)?;
+        }
+        None => send_pages(vm, &mut stream, restoring)?,
+    }
     report.set_status(MigrationStatus::Device);
     for section in &vm.devices.sections {
         section.encode(stream.out.words());
@@ -135,6 +183,10 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
     let result = handover::commit(&mut stream, vm.devices.vmdesc.as_ref().unwrap_or(&empty));
     set(&report.counters.transferred, stream.out.bytes());
     result?;
+    if let Some(channels) = channels {
+        // The destination has everything, and has said so where it can.
+        let _ = channels.finish();
+    }
     stream.out.into_channel().finish()
 }
 

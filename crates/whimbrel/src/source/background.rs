@@ -12,6 +12,7 @@ use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 
 use super::hot::Hot;
+use super::multifd::Crew;
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -90,8 +91,8 @@ impl Held {
 }
 
 impl Background<'_> {
-    /// Sends until nothing is left, as one PART of the `ram` section.
-    pub(super) fn run(mut self, out: &mut Out) -> Result<(), Error> {
+    /// Sends until nothing is left, as one PART of the `ram` section; `beside` send, too.
+    pub(super) fn run(mut self, out: &mut Out, beside: Option<&Crew<'_>>) -> Result<(), Error> {
         RAM_SECTION.encode_part(out.words());
         let now = || self.report.started().elapsed();
         let mut pace = Pace::new((self.parameters)().max_postcopy_bandwidth, now());
@@ -134,7 +135,7 @@ impl Background<'_> {
             if !alone {
                 pace.sent(bytes, now());
             }
-            self.tell(out, bytes);
+            self.tell(out, bytes, beside.map_or(0, Crew::bytes));
         }
         self.held.let_go(out);
         encode_end_of_section(out.words());
@@ -199,11 +200,11 @@ impl Background<'_> {
         Ok(())
     }
 
-    fn tell(&mut self, out: &Out, bytes: u64) {
+    fn tell(&mut self, out: &Out, bytes: u64, beside: u64) {
         let counters = &self.report.counters;
         let urgent = self.wanted.urgent_bytes();
         add(&counters.background_bytes, bytes);
-        let sent = get(&counters.background_bytes) + urgent;
+        let sent = get(&counters.background_bytes) + urgent + beside;
         set(&counters.postcopy_bytes, sent);
         set(&counters.transferred, out.bytes() + urgent);
         set(&counters.remaining, self.map.pending() * TARGET_PAGE.bytes() as u64);

@@ -9,6 +9,7 @@ pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
 mod hot;
+pub(crate) mod multifd;
 pub(crate) mod out;
 mod pages;
 pub(crate) mod postcopy;
@@ -26,14 +27,15 @@ use std::time::Duration;
 
 use whimbrel_ram::PageMap;
 
-use crate::address::Address;
-use crate::channel;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
+use crate::hello::Features;
 use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::{Cancel, Links};
+use multifd::{Channels, Crew, Dialect, Terms};
 use postcopy::{Failed, HandOver, Postcopy};
 use precopy::{Precopy, Switch};
 use setup::{PINGS_AT_SETUP, Stream};
@@ -43,7 +45,7 @@ use undo::Logging;
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) guest: Arc<Guest>,
-    pub(crate) address: Address,
+    pub(crate) route: Route,
     pub(crate) capabilities: Capabilities,
     /// Shared with the control side: most can be changed while the migration runs.
     pub(crate) parameters: Arc<Mutex<Parameters>>,
@@ -118,26 +120,66 @@ pub(crate) fn run(job: &Job) {
     }
 }
 
+/// A migration that has been announced.
+struct Begun<'j> {
+    stream: Stream,
+    channels: Option<Channels>,
+    map: PageMap,
+    log: Logging<'j>,
+}
+
 fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
-    let (mut stream, map, log) = prepare(job).map_err(Failed::Before)?;
-    let switch = Precopy::new(job, &map, &log).run(&mut stream).map_err(Failed::Before)?;
+    let Begun { mut stream, mut channels, map, log } = prepare(job).map_err(Failed::Before)?;
+    let switch = match &mut channels {
+        None => send_first(job, held, &mut stream, &map, &log, None),
+        Some(channels) => {
+            let ram = job.guest.vm().ram();
+            // A kernel that cannot tell what was touched has every page looked at.
+            let terms = Terms {
+                ram,
+                report: &job.report,
+                log: Some(log.log()),
+                content: ram.touched().ok(),
+                quiet: None,
+            };
+            let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
+            channels.send(&map, terms, lead)
+        }
+    };
+    let switch = switch.map_err(|error| {
+        stream.out.channel().heed(job.cancel.clone());
+        Failed::Before(stream.explain(error))
+    })?;
     match switch {
-        Switch::Precopy => guest_last(job, held, stream, &map, log).map_err(Failed::Before),
-        Switch::Postcopy => guest_first(job, held, stream, map, log),
+        Switch::Precopy => guest_last(job, held, stream, channels, log).map_err(Failed::Before),
+        Switch::Postcopy => guest_first(job, held, stream, channels, map, log),
     }
 }
 
 /// Connects, and begins to watch what the guest writes.
-fn prepare(job: &Job) -> Result<(Stream, PageMap, Logging<'_>), Error> {
-    let channel = channel::connect("main", &job.address, &job.cancel)?;
+fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
+    let mut channel = job.route.connect("main", &job.cancel)?;
     if job.wants_answers() && !channel.is_two_way() {
         return Err(Error::Refused(format!(
             "{}: capabilities return-path and postcopy-ram need a way back, which this transport \
              has not; switch them off or use tcp: or unix:",
-            job.address
+            job.route.address
         )));
     }
     let vm = job.guest.vm();
+    let parameters = job.parameters();
+    let channels = match job.has(Capability::Multifd) {
+        false => None,
+        true => {
+            let uuid = vm.uuid().unwrap_or_default();
+            let dialect =
+                Dialect { mark_each_section: false, zeros: parameters.zero_page_detection };
+            let channels =
+                Channels::connect(&job.route, &job.cancel, uuid, dialect, &parameters)?;
+            channel.heed(channels.stop().clone());
+            Some(channels)
+        }
+    };
     let ram = vm.ram();
     let log = Logging::start(vm.dirty_log())?;
     let map = PageMap::new(ram);
@@ -149,25 +191,44 @@ fn prepare(job: &Job) -> Result<(Stream, PageMap, Logging<'_>), Error> {
     if job.has(Capability::Events) {
         job.guest.emit(&Event::MigrationPass(1));
     }
-    let stream = setup::begin(job, channel)?;
+    let stream = setup::begin(job, channel, channels.as_ref().map(Channels::dialect))?;
     job.report.setup_is_done();
     job.set_status(MigrationStatus::Active);
-    Ok((stream, map, log))
+    Ok(Begun { stream, channels, map, log })
 }
 
-/// Precopy's end: all of RAM goes, then the guest.
+/// RAM while the guest runs; and where the guest goes last, the rest of it, too.
+fn send_first(
+    job: &Job,
+    held: &mut Held,
+    stream: &mut Stream,
+    map: &PageMap,
+    log: &Logging<'_>,
+    crew: Option<&Crew<'_>>,
+) -> Result<Switch, Error> {
+    let switch = Precopy::new(job, map, log, crew).run(stream)?;
+    if switch == Switch::Precopy {
+        switchover::stop(job, held)?;
+        switchover::send_rest(job, map, log, crew, stream)?;
+    }
+    Ok(switch)
+}
+
+/// Precopy's end: all of RAM has gone, then the guest.
 fn guest_last(
     job: &Job,
     held: &mut Held,
-    mut stream: Stream,
-    map: &PageMap,
+    stream: Stream,
+    channels: Option<Channels>,
     log: Logging<'_>,
 ) -> Result<(), Error> {
-    switchover::stop(job, held)?;
-    switchover::send_rest(job, map, &log, &mut stream)?;
     let devices = switchover::device_sections(job, held)?;
     handover::hand_over(job, held, stream, &devices)?;
     log.delivered();
+    // The destination has said that it has everything.
+    if let Some(channels) = channels {
+        let _ = channels.finish();
+    }
     Ok(())
 }
 
@@ -176,6 +237,7 @@ fn guest_first(
     job: &Job,
     held: &mut Held,
     mut stream: Stream,
+    mut channels: Option<Channels>,
     map: PageMap,
     log: Logging<'_>,
 ) -> Result<(), Failed> {
@@ -186,13 +248,18 @@ fn guest_first(
         answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
         let agreed = answers.agreed();
         let urgent = match job.has(Capability::PostcopyPreempt) {
-            true => Some(postcopy::open_urgent(&job.address, &job.cancel)?),
+            true => Some(postcopy::open_urgent(&job.route, &job.cancel)?),
             false => None,
         };
         switchover::stop(job, held)?;
         let hot = log.take_bits_into(&map)?;
         add(&job.report.counters.dirty_sync_count, 1);
         let sections = switchover::device_sections(job, held)?;
+        if let Some(channels) = &mut channels
+            && agreed.has(Features::MULTIFD_GOES_ON)
+        {
+            channels.end_round()?;
+        }
         // Whatever it said while the guest was being stopped, it said in time.
         stream.check_answers()?;
         Ok((agreed, urgent, sections, hot))
@@ -208,6 +275,7 @@ fn guest_first(
         content: None,
         hot: Some(hot),
         urgent_ends_with_mark: false,
+        channels,
     };
     let mut away = Away { job, held, before: None };
     postcopy.run(&map, stream, urgent, sections, &mut away)?;

@@ -10,6 +10,7 @@
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{GuestRam, PageMap, TARGET_PAGE};
@@ -22,6 +23,7 @@ use whimbrel_wire::{
 use super::answers::Answers;
 use super::background::{Background, Held};
 use super::hot::Hot;
+use super::multifd::{Channels, Quiet, Terms};
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -29,7 +31,7 @@ use super::setup::{RAM_SECTION, Stream, name};
 use super::urgent::Urgent;
 use super::wanted::Wanted;
 use crate::address::Address;
-use crate::channel::{self, Channel, link};
+use crate::channel::{Channel, Route, link};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::plan::Rate;
@@ -41,6 +43,9 @@ use crate::worker::{Cancel, Links, Role, scoped};
 const PING_BEFORE: u32 = 2;
 /// The PING behind the package.
 const PING_BEHIND: u32 = 4;
+
+/// How long the other channels are waited for at once.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// The command RUN, the last bytes of every package.
 const RUN: usize = 5;
@@ -79,14 +84,16 @@ pub(crate) struct Postcopy<'a> {
     pub(crate) hot: Option<DirtyBits>,
     /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
     pub(crate) urgent_ends_with_mark: bool,
+    /// Multifd channels. A whimbrel takes pages on them also now; for a QEMU they stay open.
+    pub(crate) channels: Option<Channels>,
 }
 
 /// Opens the channel for urgent pages. The destination must have answered already, so that it
 /// does not take this for the main channel.
-pub(crate) fn open_urgent(address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
-    match address {
-        Address::Tcp { .. } | Address::Unix(_) => channel::connect("urgent", address, cancel),
-        Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Err(Error::Refused(format!(
+pub(crate) fn open_urgent(route: &Route, cancel: &Cancel) -> Result<Channel, Error> {
+    match &route.address {
+        Address::Tcp { .. } | Address::Unix(_) => route.connect("urgent", cancel),
+        address @ (Address::Fd(_) | Address::Exec(_) | Address::File { .. }) => Err(Error::Refused(format!(
             "{address}: capability postcopy-preempt needs a second connection, which this \
              transport has not; switch it off or use tcp: or unix:"
         ))),
@@ -118,7 +125,7 @@ impl<'a> Postcopy<'a> {
     /// Says what the destination has to forget, gives it the guest, and sends all that is on
     /// `map`.
     pub(crate) fn run(
-        self,
+        mut self,
         map: &'a PageMap,
         mut stream: Stream,
         urgent: Option<Channel>,
@@ -127,6 +134,7 @@ impl<'a> Postcopy<'a> {
     ) -> Result<(), Failed> {
         let answers = stream.answers.take().expect("a postcopy has a return path");
         let agreed = answers.agreed();
+        let channels = self.channels.take();
         let (said, wanted, all_sent) = (Said::default(), Wanted::new(), AtomicBool::new(false));
         let thread = self
             .urgent_thread(map, &mut stream, urgent, answers, (&said, &wanted))
@@ -146,7 +154,11 @@ impl<'a> Postcopy<'a> {
             let result = self
                 .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
                 .and_then(|()| {
-                    self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt))
+                    let (beside, _silent) = match agreed.has(Features::MULTIFD_GOES_ON) {
+                        true => (channels, None),
+                        false => (None, channels),
+                    };
+                    self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt), beside)
                         .map_err(Failed::After)
                 });
             if result.is_err() {
@@ -266,6 +278,7 @@ impl<'a> Postcopy<'a> {
         wanted: &Wanted,
         said: &Said,
         (all_sent, beside_urgent): (&AtomicBool, bool),
+        channels: Option<Channels>,
     ) -> Result<(), Error> {
         stream.out.name_blocks_again();
         Command::Ping(PING_BEHIND).encode(stream.out.words());
@@ -287,7 +300,10 @@ impl<'a> Postcopy<'a> {
             rate: Rate::default(),
             hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
-        background.run(&mut stream.out)?;
+        let channels = match channels {
+            Some(channels) => Some(self.send_beside(map, stream, wanted, background, channels)?),
+            None => background.run(&mut stream.out, None).map(|()| None)?,
+        };
         all_sent.store(true, Ordering::Release);
         RAM_SECTION.encode_end(stream.out.words());
         encode_end_of_section(stream.out.words());
@@ -296,9 +312,43 @@ impl<'a> Postcopy<'a> {
         stream.out.flush()?;
         set(&self.report.counters.remaining, 0);
         match said.wait_for_shut(&self.links.current())? {
-            0 => Ok(()),
+            0 => {
+                // The destination has everything.
+                if let Some(channels) = channels {
+                    let _ = channels.finish();
+                }
+                Ok(())
+            }
             _ => Err(Error::PeerFailed),
         }
+    }
+
+    /// The background, with multifd channels beside the main one: in the moments in which nobody
+    /// waits for a page they take the link as a whole.
+    fn send_beside(
+        &self,
+        map: &PageMap,
+        stream: &mut Stream,
+        wanted: &Wanted,
+        background: Background<'_>,
+        mut channels: Channels,
+    ) -> Result<Channels, Error> {
+        channels.heed(&self.links.current());
+        let quiet = || wanted.is_quiet() && (self.parameters)().max_postcopy_bandwidth == 0;
+        let terms = Terms {
+            ram: self.ram,
+            report: self.report,
+            log: None,
+            content: self.content.clone().or_else(|| self.ram.touched().ok()),
+            quiet: Some(Quiet(&quiet)),
+        };
+        channels.send(map, terms, |crew| {
+            crew.begin();
+            background.run(&mut stream.out, Some(crew))?;
+            while !crew.wait(LOOK)? {}
+            Ok(())
+        })?;
+        Ok(channels)
     }
 }
 

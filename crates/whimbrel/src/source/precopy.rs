@@ -7,6 +7,7 @@ use whimbrel_ram::{PageMap, Sweep, TARGET_PAGE};
 use whimbrel_wire::encode_end_of_section;
 
 use super::Job;
+use super::multifd::Crew;
 use super::pages::{BATCH_MAX, Pages};
 use super::setup::{RAM_SECTION, Stream};
 use super::undo::Logging;
@@ -19,6 +20,9 @@ use crate::status::Event;
 
 /// How long one PART lasts, so that decisions are taken often enough.
 const PART: Duration = Duration::from_millis(50);
+
+/// How long the channels are left alone at most.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// How the guest is to be switched over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,30 +39,44 @@ pub(super) struct Precopy<'j> {
     job: &'j Job,
     map: &'j PageMap,
     log: &'j Logging<'j>,
-    sweep: Sweep,
-    pages: Pages<'j>,
-    pace: Pace,
+    road: Road<'j>,
     convergence: Convergence,
     throttle: Throttle,
     bytes_at_sync: u64,
 }
 
+/// How the pages go.
+#[derive(Debug)]
+enum Road<'j> {
+    /// On the main channel.
+    Main { pages: Box<Pages<'j>>, sweep: Sweep, pace: Pace },
+    /// On multifd channels. `turn`: they have begun something that is not marked as ended.
+    Channels { crew: &'j Crew<'j>, turn: bool },
+}
+
 impl<'j> Precopy<'j> {
-    pub(super) fn new(job: &'j Job, map: &'j PageMap, log: &'j Logging<'j>) -> Precopy<'j> {
+    pub(super) fn new(
+        job: &'j Job,
+        map: &'j PageMap,
+        log: &'j Logging<'j>,
+        crew: Option<&'j Crew<'j>>,
+    ) -> Precopy<'j> {
         let now = job.now();
         let ram = job.guest.vm().ram();
+        let road = match crew {
+            Some(crew) => Road::Channels { crew, turn: false },
+            None => {
+                let deltas = job.has(Capability::Xbzrle).then(|| Deltas::new(job));
+                let pages = Pages::new(ram, &job.report, deltas).leave_untouched();
+                let pace = Pace::new(job.parameters().max_bandwidth, now);
+                Road::Main { pages: Box::new(pages), sweep: map.sweep(), pace }
+            }
+        };
         Precopy {
             job,
             map,
             log,
-            sweep: map.sweep(),
-            pages: Pages::new(
-                ram,
-                &job.report,
-                job.has(Capability::Xbzrle).then(|| Deltas::new(job)),
-            )
-            .leave_untouched(),
-            pace: Pace::new(job.parameters().max_bandwidth, now),
+            road,
             convergence: Convergence::new(now),
             throttle: Throttle::default(),
             bytes_at_sync: 0,
@@ -71,6 +89,7 @@ impl<'j> Precopy<'j> {
         let mut fresh = false;
         loop {
             if self.job.postcopy.is_set() {
+                self.end_turn(stream)?;
                 return Ok(Switch::Postcopy);
             }
             let parameters = self.job.parameters();
@@ -81,7 +100,10 @@ impl<'j> Precopy<'j> {
                 Next::Sync => {
                     self.sync(stream)?;
                     // What has not been sent once cannot be a delta of anything.
-                    self.pages.first_pass_is_over();
+                    match &mut self.road {
+                        Road::Main { pages, .. } => pages.first_pass_is_over(),
+                        Road::Channels { crew, .. } => crew.first_pass_is_over(),
+                    }
                     (fresh, turn_done) = (true, false);
                 }
                 Next::Iterate => {
@@ -93,7 +115,9 @@ impl<'j> Precopy<'j> {
     }
 
     /// Takes the dirty log.
-    fn sync(&mut self, stream: &Stream) -> Result<(), Error> {
+    fn sync(&mut self, stream: &mut Stream) -> Result<(), Error> {
+        // A page that is dirty again may go on another channel than before.
+        self.end_turn(stream)?;
         let dirtied = self.log.take_into(self.map)?;
         let now = self.job.now();
         let passes = self.job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed) + 1;
@@ -102,7 +126,7 @@ impl<'j> Precopy<'j> {
         if self.job.has(Capability::Events) {
             self.job.guest.emit(&Event::MigrationPass(passes));
         }
-        let bytes = stream.out.bytes();
+        let bytes = self.bytes(stream);
         let sent = bytes - std::mem::replace(&mut self.bytes_at_sync, bytes);
         if self.job.has(Capability::AutoConverge) {
             let dirtied = dirtied * TARGET_PAGE.bytes() as u64;
@@ -115,23 +139,43 @@ impl<'j> Precopy<'j> {
         Ok(())
     }
 
-    /// One PART of the `ram` section; says whether the sweep has come to its end in it.
+    /// Bytes sent and gathered so far, on all channels.
+    fn bytes(&self, stream: &Stream) -> u64 {
+        let beside = match &self.road {
+            Road::Main { .. } => 0,
+            Road::Channels { crew, .. } => crew.bytes(),
+        };
+        stream.out.bytes() + beside
+    }
+
+    /// Sends for the time of one PART of the `ram` section; says whether the sweep has come to its
+    /// end in it.
     fn part(&mut self, stream: &mut Stream) -> Result<bool, Error> {
-        RAM_SECTION.encode_part(stream.out.words());
         let end = self.job.now() + PART;
+        let turn_done = match &self.road {
+            Road::Main { .. } => self.part_on_main(stream, end)?,
+            Road::Channels { crew, .. } => self.part_on_channels(crew, stream)?,
+        };
+        stream.check_answers()?;
+        Ok(turn_done)
+    }
+
+    fn part_on_main(&mut self, stream: &mut Stream, end: Duration) -> Result<bool, Error> {
+        let Road::Main { pages, sweep, pace } = &mut self.road else {
+            unreachable!("looked at by the caller");
+        };
+        RAM_SECTION.encode_part(stream.out.words());
         let mut turn_done = false;
         while !turn_done && self.job.now() < end && !self.job.postcopy.is_set() {
             let before = stream.out.bytes() - stream.out.gathered() as u64;
-            self.pace.set_rate(self.job.parameters().max_bandwidth, self.job.now());
-            let batch = self.pace.batch(BATCH_MAX);
-            let log = self.log;
-            let out = &mut stream.out;
-            turn_done = self.pages.gather(self.map, &mut self.sweep, Some(log), out, batch)?;
+            pace.set_rate(self.job.parameters().max_bandwidth, self.job.now());
+            let batch = pace.batch(BATCH_MAX);
+            turn_done = pages.gather(self.map, sweep, Some(self.log), &mut stream.out, batch)?;
             stream.flush()?;
-            self.pages.sent();
+            pages.sent();
             let bytes = stream.out.bytes() - before;
             add(&self.job.report.counters.precopy_bytes, bytes);
-            let wait = self.pace.sent(bytes, self.job.now());
+            let wait = pace.sent(bytes, self.job.now());
             if wait > Duration::ZERO {
                 stream.out.channel().pause(wait)?;
             }
@@ -142,8 +186,49 @@ impl<'j> Precopy<'j> {
         encode_end_of_section(stream.out.words());
         RAM_SECTION.encode_footer(stream.out.words());
         stream.flush()?;
-        stream.check_answers()?;
         Ok(turn_done)
+    }
+
+    /// Lets the channels send; what is said on the main channel is only what they cannot say.
+    fn part_on_channels(&mut self, crew: &Crew<'_>, stream: &mut Stream) -> Result<bool, Error> {
+        let before = self.bytes(stream);
+        crew.set_rate(Some(self.job.parameters().max_bandwidth));
+        if let Road::Channels { turn, .. } = &mut self.road
+            && !std::mem::replace(turn, true)
+        {
+            crew.begin();
+        }
+        let end = self.job.now() + PART;
+        while !crew.wait(LOOK)? && self.job.now() < end && !self.job.postcopy.is_set() {}
+        let turn_done = crew.has_walked();
+        if turn_done || crew.dialect().mark_each_section {
+            self.end_turn(stream)?;
+        }
+        let bytes = self.bytes(stream) - before;
+        add(&self.job.report.counters.precopy_bytes, bytes);
+        self.convergence.sent(bytes, self.job.now());
+        set(&self.job.report.counters.transferred, stream.out.bytes());
+        Ok(turn_done)
+    }
+
+    /// Everything the channels have begun is delivered before what comes next.
+    fn end_turn(&mut self, stream: &mut Stream) -> Result<(), Error> {
+        let Road::Channels { crew, turn } = &mut self.road else { return Ok(()) };
+        if !std::mem::replace(turn, false) {
+            return Ok(());
+        }
+        // One that has walked to the end only finishes what it has begun.
+        if !crew.has_walked() {
+            crew.halt();
+        }
+        while !crew.wait(PART)? {
+            stream.check_answers()?;
+        }
+        RAM_SECTION.encode_part(stream.out.words());
+        crew.mark(&mut stream.out);
+        encode_end_of_section(stream.out.words());
+        RAM_SECTION.encode_footer(stream.out.words());
+        stream.flush()
     }
 
     fn tell(&self, pending: u64) {

@@ -10,6 +10,7 @@ use whimbrel_wire::{
 
 use super::Job;
 use super::answers::Answers;
+use super::multifd::Dialect;
 use super::out::Out;
 use crate::channel::Channel;
 use crate::error::Error;
@@ -59,7 +60,11 @@ impl Stream {
 }
 
 /// Announces a running VM's migration.
-pub(crate) fn begin(job: &Job, channel: Channel) -> Result<Stream, Error> {
+pub(crate) fn begin(
+    job: &Job,
+    channel: Channel,
+    multifd: Option<Dialect>,
+) -> Result<Stream, Error> {
     let vm = job.guest.vm();
     let mut configuration = Configuration::new(name(&vm.machine())?);
     if job.has(Capability::ValidateUuid) {
@@ -73,6 +78,7 @@ pub(crate) fn begin(job: &Job, channel: Channel) -> Result<Stream, Error> {
         units: &|block| ram.block(block).host_page_size(),
         return_path: job.wants_answers(),
         postcopy: job.has(Capability::PostcopyRam),
+        multifd,
     };
     announcement.send(channel, |_| {})
 }
@@ -86,6 +92,8 @@ pub(crate) struct Announcement<'a> {
     pub(crate) return_path: bool,
     /// Whether a postcopy may follow. Needs the return path.
     pub(crate) postcopy: bool,
+    /// With multifd channels, which are connected.
+    pub(crate) multifd: Option<Dialect>,
 }
 
 impl Announcement<'_> {
@@ -112,6 +120,9 @@ impl Announcement<'_> {
         early(words);
         ram_section()?.encode_start(words);
         blocks.encode(words);
+        if let Some(dialect) = self.multifd {
+            dialect.encode_mark(words);
+        }
         encode_end_of_section(words);
         RAM_SECTION.encode_footer(words);
         let mut stream = Stream { out, answers: self.return_path.then(Answers::new) };

@@ -1,11 +1,13 @@
 //! The guest stands still: the rest of RAM, and the devices.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use whimbrel_ram::{PageMap, TARGET_PAGE};
 use whimbrel_wire::{DeviceSection, SectionHeader, SectionId, encode_end_of_section};
 
+use super::multifd::Crew;
 use super::pages::{BATCH_MAX, Pages};
 use super::setup::{RAM_SECTION, Stream, name};
 use super::undo::Logging;
@@ -16,6 +18,9 @@ use crate::guest::Taken;
 use crate::report::{add, set};
 use crate::settings::Capability;
 use crate::status::{MigrationStatus, RunState};
+
+/// How often it is looked whether the destination has something to say.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Stops the guest, and waits for `migrate-continue` where that is asked for.
 pub(super) fn stop(job: &Job, held: &mut Held) -> Result<(), Error> {
@@ -47,12 +52,34 @@ pub(super) fn send_rest(
     job: &Job,
     map: &PageMap,
     log: &Logging<'_>,
+    crew: Option<&Crew<'_>>,
     stream: &mut Stream,
 ) -> Result<(), Error> {
     log.take_into(map)?;
     job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed);
-    let before = stream.out.bytes();
+    let bytes = |stream: &Stream| stream.out.bytes() + crew.map_or(0, Crew::bytes);
+    let before = bytes(stream);
     RAM_SECTION.encode_end(stream.out.words());
+    match crew {
+        Some(crew) => rest_on_channels(job, map, crew, stream)?,
+        None => rest_on_main(job, map, log, stream)?,
+    }
+    assert_eq!(map.pending(), 0, "the guest stands still and one turn has sent it all");
+    encode_end_of_section(stream.out.words());
+    RAM_SECTION.encode_footer(stream.out.words());
+    stream.flush()?;
+    add(&job.report.counters.downtime_bytes, bytes(stream) - before);
+    set(&job.report.counters.transferred, stream.out.bytes());
+    set(&job.report.counters.remaining, 0);
+    Ok(())
+}
+
+fn rest_on_main(
+    job: &Job,
+    map: &PageMap,
+    log: &Logging<'_>,
+    stream: &mut Stream,
+) -> Result<(), Error> {
     let mut pages = Pages::new(job.guest.vm().ram(), &job.report, None);
     let mut sweep = map.sweep();
     let mut turn_done = false;
@@ -63,12 +90,23 @@ pub(super) fn send_rest(
         set(&job.report.counters.transferred, stream.out.bytes());
         set(&job.report.counters.remaining, map.pending() * TARGET_PAGE.bytes() as u64);
     }
-    assert_eq!(map.pending(), 0, "the guest stands still and one turn has sent it all");
-    encode_end_of_section(stream.out.words());
-    RAM_SECTION.encode_footer(stream.out.words());
-    stream.flush()?;
-    add(&job.report.counters.downtime_bytes, stream.out.bytes() - before);
-    set(&job.report.counters.remaining, 0);
+    Ok(())
+}
+
+fn rest_on_channels(
+    job: &Job,
+    map: &PageMap,
+    crew: &Crew<'_>,
+    stream: &mut Stream,
+) -> Result<(), Error> {
+    crew.first_pass_is_over();
+    crew.set_rate(None);
+    crew.begin();
+    while !crew.wait(LOOK)? {
+        set(&job.report.counters.remaining, map.pending() * TARGET_PAGE.bytes() as u64);
+        stream.check_answers()?;
+    }
+    crew.mark(&mut stream.out);
     Ok(())
 }
 

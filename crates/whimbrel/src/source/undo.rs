@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use whimbrel_ram::dirty::{DirtyBits, DirtyLog};
 use whimbrel_ram::{Claim, PageMap, TargetPage};
 
+use super::multifd::Log;
 use super::{Held, Job};
 use crate::error::Error;
 use crate::status::{MigrationStatus, RunState};
@@ -51,6 +52,11 @@ impl<'v> Logging<'v> {
         let span = claim.span();
         let count = span.end - span.start;
         self.log.rearm(claim.block(), TargetPage(span.start), count).map_err(Error::DirtyLog)
+    }
+
+    /// The log, for threads that only have it watch pages again.
+    pub(super) fn log(&self) -> Log<'v> {
+        Log(self.log)
     }
 
     /// The destination has it all.

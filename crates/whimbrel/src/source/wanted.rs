@@ -34,6 +34,9 @@ struct Inner {
 
 const PAGE_BITS: u32 = 48;
 
+/// For so long nobody has asked when it is quiet.
+const QUIET: Duration = Duration::from_millis(20);
+
 impl Wanted {
     pub(super) fn new() -> Wanted {
         Wanted {
@@ -61,6 +64,12 @@ impl Wanted {
     pub(super) fn quiet_for(&self) -> Option<Duration> {
         let micros = self.last_request.load(Ordering::Relaxed).checked_sub(1)?;
         Some(self.started.elapsed().saturating_sub(Duration::from_micros(micros)))
+    }
+
+    /// Whether nothing has been asked for lately, nor is likely to be in this moment: a guest that
+    /// has only just gone will ask soon.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.quiet_for().unwrap_or_else(|| self.started.elapsed()) >= QUIET
     }
 
     /// `page` was asked for, and is to go on the main channel.

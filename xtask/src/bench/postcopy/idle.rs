@@ -12,7 +12,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use super::network::{End, Network, SOURCE_ADDRESS};
+use crate::bench::network::{End, Network, SOURCE_ADDRESS};
 use crate::bench::plain;
 use crate::bench::sample::Spread;
 

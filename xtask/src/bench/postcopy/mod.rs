@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 
 use self::figures::{Row, line, table};
 use self::guest::QemuGuest;
-use self::janitor::{Janitor, Trace};
-use self::network::Network;
-use self::pair::{Link, Mode, Pages, Pair, Scenario};
+use self::pair::{Mode, Pages, Pair, Scenario};
 use self::stage::Stage;
 use self::writer::Writer;
 use super::contender::{Memory, Qemu, whimbrel};
 use super::host_memory;
+use super::janitor::{Janitor, Trace};
+use super::network::{Link, Network};
 use super::sample::{keep, machine};
 use super::scratch::Scratch;
 use crate::workspace::Workspace;
@@ -27,8 +27,6 @@ mod figures;
 mod guest;
 mod helper;
 pub(crate) mod idle;
-pub(crate) mod janitor;
-mod network;
 mod pair;
 mod stage;
 mod writer;
@@ -112,7 +110,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
     for link in &args.link {
         let name = link.mbit_per_s.to_string();
         let congestion = args.congestion.name();
-        let network = Network::build(&mut janitor, &name, link.mbit_per_s, congestion)?;
+        let network = Network::build(&mut janitor, &name, *link, congestion)?;
         let round_trip = idle::round_trip(&network)?;
         eprintln!("{link}: idle round trip {} us", round_trip["median-us"]);
         idle.insert(link.to_string(), round_trip);

@@ -4,6 +4,8 @@ use std::fmt;
 
 use clap::ValueEnum;
 
+use crate::bench::network::Link;
+
 /// What runs at one end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Engine {
@@ -99,56 +101,5 @@ impl fmt::Display for Scenario {
             Mode::Preempt => "preempt",
         };
         write!(formatter, "{}, {}, {mode}", self.link, self.pages.name())
-    }
-}
-
-/// How fast the link is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Link {
-    pub(super) mbit_per_s: u32,
-}
-
-impl Link {
-    /// From Gbit/s, such as `2.5`.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let wrong =
-            || format!("{text:?} is no rate in Gbit/s with up to three decimals, such as 2.5");
-        let (whole, decimals) = text.split_once('.').unwrap_or((text, ""));
-        if decimals.len() > 3 {
-            return Err(wrong());
-        }
-        let thousandths: u32 = format!("{whole}{decimals:0<3}").parse().map_err(|_| wrong())?;
-        match thousandths {
-            0 => Err(wrong()),
-            mbit_per_s => Ok(Self { mbit_per_s }),
-        }
-    }
-}
-
-impl fmt::Display for Link {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{} Gbit/s", f64::from(self.mbit_per_s) / 1000.0)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rates_are_read_and_written() {
-        for (text, mbit_per_s, shown) in [
-            ("1", 1000, "1 Gbit/s"),
-            ("2.5", 2500, "2.5 Gbit/s"),
-            ("10", 10_000, "10 Gbit/s"),
-            ("0.125", 125, "0.125 Gbit/s"),
-        ] {
-            let link = Link::parse(text).unwrap();
-            assert_eq!(link.mbit_per_s, mbit_per_s);
-            assert_eq!(link.to_string(), shown);
-        }
-        for wrong in ["", "0", "1.2345", "-1", "fast", "1.-1"] {
-            assert!(Link::parse(wrong).is_err(), "{wrong}");
-        }
     }
 }

@@ -15,10 +15,10 @@ use super::clock::Record;
 use super::figures::{Faults, Figures};
 use super::guest::{QemuGuest, Settled, whimbrel_command};
 use super::helper::Helper;
-use super::network::{DESTINATION_ADDRESS, End, Network};
 use super::pair::{Engine, Mode, Pages, Pair, Scenario};
 use super::writer::Writer;
 use crate::bench::contender::{Memory, Side};
+use crate::bench::network::{DESTINATION_ADDRESS, End, Network};
 
 /// For a migration to get under way, and for one to end.
 const BEGIN_MAX: Duration = Duration::from_secs(60);

@@ -2,8 +2,6 @@
 //! attributes in the order they have in the certificate, escaped as in RFC 4514 (checked against
 //! QEMU 7.2 and 10.0 with GnuTLS 3.7; see docs/tls.md).
 
-use std::fmt::Write as _;
-
 /// The attributes that have a name, by the last numbers of their object identifiers.
 const NAMED: [(&str, &str); 28] = [
     ("2.5.4.3", "CN"),
@@ -94,7 +92,7 @@ fn attribute(identifier: &[u8], value: &[u8], out: &mut String) -> Option<()> {
         (known, _) => {
             out.push_str(known.map_or(&identifier, |(_, name)| name));
             out.push_str("=#");
-            value.iter().for_each(|byte| drop(write!(out, "{byte:02x}")));
+            value.iter().for_each(|byte| *out += &format!("{byte:02x}"));
         }
     }
     Some(())
@@ -150,7 +148,7 @@ fn dotted(bytes: &[u8]) -> Option<String> {
     let first = *numbers.first()?;
     let root = (first / 40).min(2);
     let mut text = format!("{root}.{}", first - 40 * root);
-    numbers[1..].iter().for_each(|number| drop(write!(text, ".{number}")));
+    numbers[1..].iter().for_each(|number| text += &format!(".{number}"));
     Some(text)
 }
 

@@ -2,7 +2,7 @@
 //! delays another.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,9 +21,6 @@ use super::credentials::{TlsClient, TlsEndpoint, TlsServer};
 use super::record::{RECORD_MAX, Wrong, record_len};
 use super::session::{Keys, Session};
 use super::{distinguished_name, words};
-use crate::channel::Channel;
-use crate::error::Error;
-use crate::worker::{Cancel, Woken};
 
 /// How long a handshake may take: a few round trips, and a signature on each side.
 const HANDSHAKE_MAX: Duration = Duration::from_secs(20);
@@ -32,12 +29,12 @@ const HANDSHAKE_MAX: Duration = Duration::from_secs(20);
 const INCOMING_MAX: usize = 8 * RECORD_MAX;
 
 /// What a handshake waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
+#[derive(Debug)]
+pub(in crate::channel) enum Progress {
     /// The descriptor has to be ready for this.
     Needs(PollFlags),
-    /// Nothing: it is over, and went well.
-    Done,
+    /// Nothing: it is over, and went well. Said once.
+    Done(Session),
 }
 
 enum Connection {
@@ -55,9 +52,8 @@ enum Turn {
     Done,
 }
 
-/// A channel on its way to be a secret one.
-pub(crate) struct Handshake {
-    channel: Channel,
+/// On the way to a session, over a descriptor that is somebody else's.
+pub(in crate::channel) struct Handshake {
     /// Which side we are.
     endpoint: TlsEndpoint,
     /// Until it is over.
@@ -73,41 +69,31 @@ pub(crate) struct Handshake {
 
 impl std::fmt::Debug for Handshake {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Handshake").field("channel", &self.channel).finish_non_exhaustive()
-    }
-}
-
-impl AsFd for Handshake {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.channel.as_fd()
+        f.debug_struct("Handshake").field("endpoint", &self.endpoint).finish_non_exhaustive()
     }
 }
 
 impl Handshake {
     /// As the side that has connected.
-    pub(crate) fn connect(channel: Channel, how: &TlsClient) -> Result<Handshake, Error> {
-        let connection =
-            UnbufferedClientConnection::new(how.config.clone(), how.name.clone()).map(Connection::Client);
-        Handshake::begin(channel, connection, None, TlsEndpoint::Client)
+    pub(crate) fn connect(how: &TlsClient) -> Result<Handshake, String> {
+        let connection = UnbufferedClientConnection::new(how.config.clone(), how.name.clone());
+        Handshake::begin(connection.map(Connection::Client), None, TlsEndpoint::Client)
     }
 
     /// As the side that was connected to.
-    pub(crate) fn accept(channel: Channel, how: &TlsServer) -> Result<Handshake, Error> {
-        let connection =
-            UnbufferedServerConnection::new(Arc::clone(&how.config)).map(Connection::Server);
-        Handshake::begin(channel, connection, how.authorization.clone(), TlsEndpoint::Server)
+    pub(crate) fn accept(how: &TlsServer) -> Result<Handshake, String> {
+        let connection = UnbufferedServerConnection::new(Arc::clone(&how.config));
+        let authorization = how.authorization.clone();
+        Handshake::begin(connection.map(Connection::Server), authorization, TlsEndpoint::Server)
     }
 
     fn begin(
-        channel: Channel,
         connection: Result<Connection, TlsError>,
         authorization: Option<Authorization>,
         endpoint: TlsEndpoint,
-    ) -> Result<Handshake, Error> {
-        let connection = connection
-            .map_err(|error| channel.tls_error(words::of_handshake(&error, endpoint)))?;
+    ) -> Result<Handshake, String> {
+        let connection = connection.map_err(|error| words::of_handshake(&error, endpoint))?;
         Ok(Handshake {
-            channel,
             endpoint,
             connection: Some(connection),
             authorization,
@@ -118,25 +104,22 @@ impl Handshake {
         })
     }
 
-    /// When it has to be over: then the next step is an error.
+    /// When it has to be over: from then on a step is an error.
     pub(crate) fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// Goes as far as it can without waiting.
-    pub(crate) fn step(&mut self) -> Result<Progress, Error> {
+    /// Goes as far as it can without waiting. An error is final, and says in words what is wrong.
+    pub(crate) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Progress, String> {
         loop {
-            if !self.outgoing.is_empty() && !self.send()? {
+            if !self.outgoing.is_empty() && !self.send(socket)? {
                 return self.wait(PollFlags::OUT);
             }
-            if self.connection.is_none() {
-                return Ok(Progress::Done);
-            }
-            match self.turn()? {
+            match self.turn(socket)? {
                 Turn::Again => {}
-                Turn::Done => self.finish()?,
+                Turn::Done => return self.finish(socket).map(Progress::Done),
                 Turn::NeedMore => {
-                    if !self.show_next()? && !self.receive()? {
+                    if !self.show_next()? && !self.receive(socket)? {
                         return self.wait(PollFlags::IN);
                     }
                 }
@@ -144,49 +127,22 @@ impl Handshake {
         }
     }
 
-    /// The channel, whose bytes are secret from here on.
-    ///
-    /// # Panics
-    /// Before it is [`Done`](Progress::Done).
-    pub(crate) fn into_channel(self) -> Channel {
-        assert!(self.channel.is_secret(), "the handshake is not over");
-        self.channel
-    }
-
-    /// Goes through with it, waiting as long as `cancel` allows.
-    pub(crate) fn complete(mut self, cancel: &Cancel) -> Result<Channel, Error> {
-        loop {
-            match self.step()? {
-                Progress::Done => return Ok(self.into_channel()),
-                Progress::Needs(what) => {
-                    let left = self.deadline.saturating_duration_since(Instant::now());
-                    let woken = cancel
-                        .wait(self.as_fd(), what, Some(left))
-                        .map_err(Error::system("waiting for a TLS handshake"))?;
-                    if woken == Woken::Cancelled {
-                        return Err(Error::Cancelled);
-                    }
-                }
-            }
-        }
-    }
-
-    fn wait(&self, what: PollFlags) -> Result<Progress, Error> {
+    fn wait(&self, what: PollFlags) -> Result<Progress, String> {
         match Instant::now() < self.deadline {
             true => Ok(Progress::Needs(what)),
-            false => Err(self.error(format!(
+            false => Err(format!(
                 "{} does not go on with the handshake for {} s: it may not speak TLS: set \
                  tls-creds on both sides",
                 self.peer(),
                 HANDSHAKE_MAX.as_secs()
-            ))),
+            )),
         }
     }
 
-    fn turn(&mut self) -> Result<Turn, Error> {
+    fn turn(&mut self, socket: BorrowedFd<'_>) -> Result<Turn, String> {
         let shown = &mut self.incoming[..self.shown];
         let (discard, turn) = match &mut self.connection {
-            None => (0, Ok(Turn::Done)),
+            None => (0, Err(TlsError::HandshakeNotComplete)),
             Some(Connection::Client(connection)) => {
                 turn(connection.process_tls_records(shown), &mut self.outgoing)
             }
@@ -196,11 +152,11 @@ impl Handshake {
         };
         self.incoming.drain(..discard);
         self.shown -= discard;
-        turn.map_err(|error| self.give_up(&error))
+        turn.map_err(|error| self.give_up(&error, socket))
     }
 
     /// It fails here: the peer is told why, as far as it takes that at once.
-    fn give_up(&mut self, error: &TlsError) -> Error {
+    fn give_up(&mut self, error: &TlsError, socket: BorrowedFd<'_>) -> String {
         for _ in 0..4 {
             let (_, turn) = match &mut self.connection {
                 None => break,
@@ -216,12 +172,12 @@ impl Handshake {
             }
         }
         // If it cannot be told, the end of the connection tells it.
-        let _ = self.send();
-        self.error(words::of_handshake(error, self.endpoint))
+        let _ = self.send(socket);
+        words::of_handshake(error, self.endpoint)
     }
 
     /// Shows rustls one record more; false when it has not come as a whole.
-    fn show_next(&mut self) -> Result<bool, Error> {
+    fn show_next(&mut self) -> Result<bool, String> {
         let next = &self.incoming[self.shown..];
         match record_len(next) {
             Ok(Some(len)) if len <= next.len() => {
@@ -230,22 +186,22 @@ impl Handshake {
             }
             Ok(_) => Ok(false),
             // Nothing is said to somebody who does not speak TLS.
-            Err(Wrong::Header(_)) => Err(self.error(format!(
+            Err(Wrong::Header(_)) => Err(format!(
                 "{} does not speak TLS: set tls-creds there, too, or on neither side",
                 self.peer()
-            ))),
+            )),
             Err(_) => {
-                Err(self.error(format!("{} begins with a record that is too long", self.peer())))
+                Err(format!("{} begins with a record that is too long", self.peer()))
             }
         }
     }
 
     /// Sends some; true when nothing is left.
-    fn send(&mut self) -> Result<bool, Error> {
+    fn send(&mut self, socket: BorrowedFd<'_>) -> Result<bool, String> {
         while !self.outgoing.is_empty() {
             let mut pieces = Gather::new();
             pieces.push_bytes(&self.outgoing);
-            let result = pieces.send(self.channel.as_fd(), false);
+            let result = pieces.send(socket, false);
             match result {
                 Ok(bytes) => drop(self.outgoing.drain(..bytes)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -257,24 +213,24 @@ impl Handshake {
     }
 
     /// Reads once; false when nothing is there.
-    fn receive(&mut self) -> Result<bool, Error> {
+    fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<bool, String> {
         const AT_ONCE: usize = 4 << 10;
         let before = self.incoming.len();
         if before > INCOMING_MAX {
-            return Err(self.error(format!("{} sends a handshake that is too long", self.peer())));
+            return Err(format!("{} sends a handshake that is too long", self.peer()));
         }
         self.incoming.resize(before + AT_ONCE, 0);
         let mut pieces = Scatter::new();
         pieces.push_buffer(&mut self.incoming[before..]);
-        let result = pieces.read(self.channel.as_fd());
+        let result = pieces.read(socket);
         drop(pieces);
         self.incoming.truncate(before + result.as_ref().map_or(0, |bytes| *bytes));
         match result {
-            Ok(0) => Err(self.error(format!(
+            Ok(0) => Err(format!(
                 "{} closed the connection during the handshake: see what it says; if it does not \
                  speak TLS, set tls-creds there, too",
                 self.peer()
-            ))),
+            )),
             Ok(_) => Ok(true),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
@@ -282,9 +238,10 @@ impl Handshake {
         }
     }
 
-    /// From here on the channel's bytes are secret.
-    fn finish(&mut self) -> Result<(), Error> {
-        let Some(connection) = self.connection.take() else { return Ok(()) };
+    fn finish(&mut self, socket: BorrowedFd<'_>) -> Result<Session, String> {
+        let Some(connection) = self.connection.take() else {
+            unreachable!("it has just said that it is done");
+        };
         let name = match &connection {
             Connection::Server(connection) => {
                 let shown = connection.peer_certificates().and_then(<[_]>::first);
@@ -295,28 +252,25 @@ impl Handshake {
         // Whatever was shown has been used up: what is left has come behind the handshake.
         let come = std::mem::take(&mut self.incoming);
         let session = into_session(connection, &come)
-            .map_err(|error| self.error(words::of_handshake(&error, self.endpoint)))?;
-        let refused = self.refused(name);
-        if refused.is_some() {
-            session.alert(AlertDescription::AccessDenied);
-            // If it cannot be told, the end of the connection tells it.
-            let _ = session.send(self.channel.as_fd(), &mut Gather::new(), false);
-        }
-        self.channel.set_session(session);
-        refused.map_or(Ok(()), Err)
+            .map_err(|error| words::of_handshake(&error, self.endpoint))?;
+        let Some(refused) = self.refused(name) else { return Ok(session) };
+        session.alert(AlertDescription::AccessDenied);
+        // If it cannot be told, the end of the connection tells it.
+        let _ = session.send(socket, &mut Gather::new(), false);
+        Err(refused)
     }
 
     /// Why the peer may not come in.
-    fn refused(&self, name: Option<String>) -> Option<Error> {
+    fn refused(&self, name: Option<String>) -> Option<String> {
         let authorization = self.authorization.as_ref()?;
         match name {
             Some(name) if authorization.of(&name) == Policy::Allow => None,
-            Some(name) => Some(self.error(format!(
+            Some(name) => Some(format!(
                 "the source's certificate is for '{name}', which tls-authz does not allow in"
-            ))),
-            None => Some(self.error(
-                "the source shows no certificate, and tls-authz allows in nobody without one".into(),
             )),
+            None => Some(
+                "the source shows no certificate, and tls-authz allows in nobody without one".into(),
+            ),
         }
     }
 
@@ -327,12 +281,8 @@ impl Handshake {
         }
     }
 
-    fn broken(&self, error: &io::Error) -> Error {
-        self.error(format!("{error}, during the handshake: see what {} says", self.peer()))
-    }
-
-    fn error(&self, reason: String) -> Error {
-        self.channel.tls_error(reason)
+    fn broken(&self, error: &io::Error) -> String {
+        format!("{error}, during the handshake: see what {} says", self.peer())
     }
 }
 

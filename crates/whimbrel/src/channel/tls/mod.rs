@@ -25,7 +25,7 @@ mod words;
 pub use authorization::{Authorization, Format, Policy};
 pub use credentials::{TlsCredentials, TlsEndpoint, TlsOptions};
 pub(crate) use credentials::{TlsClient, TlsServer};
-pub(crate) use handshake::{Handshake, Progress};
+pub(super) use handshake::{Handshake, Progress};
 pub(super) use session::{Fault, Sent, Session};
 
 
@@ -37,7 +37,7 @@ pub(crate) fn is_spoken_by(first: &[u8]) -> bool {
 /// What a peer says when it speaks TLS and we do not.
 pub(crate) const UNEXPECTED: &str = "the peer speaks TLS; set tls-creds here, too, or on neither side";
 
-/// What is wrong, in words, and whether the peer is to be told.
+/// What is wrong, in words.
 pub(super) fn explain(fault: &Fault) -> String {
     words::of_fault(fault)
 }

@@ -9,7 +9,7 @@ use rustls::{AlertDescription, ContentType};
 use whimbrel_ram::kernel_copy::Scatter;
 
 use super::post_handshake::{Messages, Said};
-use super::record::{HEADER, Key, RECORD_MAX, Wrong, record_len};
+use super::record::{Key, RECORD_MAX, Wrong, record_len};
 
 /// What is read at once where little comes.
 const BUFFER_MIN: usize = 2 * RECORD_MAX;
@@ -54,7 +54,7 @@ pub(super) enum Opened {
 
 /// Why nothing more can be received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Broken {
+pub(in crate::channel) enum Broken {
     /// A record is wrong.
     Record(Wrong),
     /// The peer gave up, and said why.
@@ -126,12 +126,9 @@ impl Receiving {
         Ok(Opened::Data)
     }
 
-    /// Puts what is there in front of `content`. There is room for a header at least, and whoever
-    /// leaves more than that untaken asks for no more.
+    /// Puts what is there, which lies somewhere before it, right in front of `content`.
     fn join(&mut self, content: Range<usize>) {
-        let left = self.plain.len();
-        assert!(left <= HEADER && left <= content.start, "a peek is for less than a header");
-        let start = content.start - left;
+        let start = content.start - self.plain.len();
         self.buffer.copy_within(self.plain.clone(), start);
         self.plain = start..content.end;
     }
@@ -149,7 +146,7 @@ impl Receiving {
 
     /// One `read`, behind what has come; 0 where the connection ends.
     pub(super) fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        // What is there is a header's length at most, what is sealed less than a record.
+        // What is there is what a peek left, what is sealed less than a record: there is room.
         let (plain, sealed) = (self.plain.len(), self.sealed.len());
         self.buffer.copy_within(self.plain.clone(), 0);
         self.buffer.copy_within(self.sealed.clone(), plain);

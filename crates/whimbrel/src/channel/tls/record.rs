@@ -35,7 +35,7 @@ pub(super) const RECORD_MAX: usize = HEADER + PLAIN_MAX + EXPANSION_MAX;
 
 /// What is wrong with a record that came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wrong {
+pub(in crate::channel) enum Wrong {
     /// Its header is none of TLS.
     Header([u8; HEADER]),
     /// It says that it is longer than any record may be.

@@ -22,6 +22,9 @@ use super::sending::Sending;
 /// With so few records left to be sealed, the key is replaced.
 const KEY_ENDS: u64 = 64;
 
+/// The most that is ever peeked at.
+const PEEK_MAX: usize = 1 << 10;
+
 /// `KeyUpdate`, to which no answer is wanted.
 const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
 
@@ -63,7 +66,7 @@ impl Keys {
 
 /// Why a session does not go on.
 #[derive(Debug)]
-pub(crate) enum Fault {
+pub(in crate::channel) enum Fault {
     /// What the system said; it may be that nothing can be done at once (`WouldBlock`).
     System(io::Error),
     /// The connection ended, and the peer had not said that it would.
@@ -96,7 +99,7 @@ impl From<rustls::Error> for Fault {
 
 /// One step of sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Sent {
+pub(in crate::channel) enum Sent {
     /// So many bytes of the application's have gone out.
     Some(usize),
     /// Everything has.
@@ -105,7 +108,7 @@ pub(crate) enum Sent {
 
 /// A session, for one thread each way. A direction's lock hands it from one such thread to the
 /// next: nobody waits for the peer with it.
-pub(crate) struct Session {
+pub(in crate::channel) struct Session {
     sending: Mutex<Sending>,
     receiving: Mutex<Receiving>,
     keys: Mutex<Keys>,
@@ -148,7 +151,7 @@ impl Session {
 
     /// Sends what was sealed and is not sent yet, and then, with this and the next calls, all of
     /// `pieces`. Never waits.
-    pub(crate) fn send(
+    pub(in crate::channel) fn send(
         &self,
         socket: BorrowedFd<'_>,
         pieces: &mut Gather<'_>,
@@ -181,12 +184,12 @@ impl Session {
 
     /// Says that nothing more comes, behind what was sealed and not sent; the rest of it goes with
     /// [`send`](Session::send) of nothing.
-    pub(crate) fn end(&self) {
+    pub(in crate::channel) fn end(&self) {
         self.say(1, AlertDescription::CloseNotify);
     }
 
     /// Says why we give up.
-    pub(crate) fn alert(&self, description: AlertDescription) {
+    pub(in crate::channel) fn alert(&self, description: AlertDescription) {
         self.say(2, description);
     }
 
@@ -199,7 +202,7 @@ impl Session {
 
     /// Fills some of `pieces`: 0 where the peer has ended the stream, `None` when nothing is there
     /// yet. Never waits.
-    pub(crate) fn receive(
+    pub(in crate::channel) fn receive(
         &self,
         fd: BorrowedFd<'_>,
         pieces: &mut Scatter<'_>,
@@ -225,40 +228,42 @@ impl Session {
     }
 
     /// Copies what comes next into `buffer` and leaves it to be received: as much as is there and
-    /// fits, less than the buffer takes only where no more is there. `None` at the stream's end.
-    pub(crate) fn peek(
+    /// fits. `None` when nothing is there yet, 0 where the peer has ended the stream.
+    pub(in crate::channel) fn peek(
         &self,
         fd: BorrowedFd<'_>,
-        buffer: &mut [u8; 4],
+        buffer: &mut [u8],
     ) -> Result<Option<usize>, Fault> {
+        assert!(buffer.len() <= PEEK_MAX, "with what is peeked at, a record still fits");
         let mut receiving = lock(&self.receiving);
-        let ended = loop {
-            if receiving.plain().len() >= buffer.len() {
-                break false;
-            }
+        let mut ended = false;
+        while receiving.plain().len() < buffer.len() {
             match self.open_next(&mut receiving)? {
                 Opened::NeedMore => {
                     if !read(&mut receiving, fd)? {
-                        break false;
+                        break;
                     }
                 }
-                Opened::Ended => break true,
+                Opened::Ended => {
+                    ended = true;
+                    break;
+                }
                 Opened::Data | Opened::Nothing | Opened::NewKey { .. } => {}
             }
-        };
+        }
         let there = receiving.plain();
         let len = there.len().min(buffer.len());
         buffer[..len].copy_from_slice(&there[..len]);
-        Ok((len > 0 || !ended).then_some(len))
+        Ok((len > 0 || ended).then_some(len))
     }
 
     /// Why the peer gave up, if it said so and that is the next it says.
-    pub(crate) fn last_word(&self, fd: BorrowedFd<'_>) -> Option<Broken> {
+    pub(in crate::channel) fn last_word(&self, fd: BorrowedFd<'_>) -> Option<Fault> {
         let mut receiving = lock(&self.receiving);
         // What is there is for whoever receives.
         while receiving.plain().is_empty() {
             match self.open_next(&mut receiving) {
-                Err(Fault::Broken(Broken::Alert(alert))) => return Some(Broken::Alert(alert)),
+                Err(alert @ Fault::Broken(Broken::Alert(_))) => return Some(alert),
                 Ok(Opened::NeedMore) => match read(&mut receiving, fd) {
                     Ok(true) => {}
                     Ok(false) | Err(_) => return None,

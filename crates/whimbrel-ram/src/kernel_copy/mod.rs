@@ -10,6 +10,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use crate::copy::copy;
 use crate::{BlockError, RamBlock};
 
+mod zero_copy;
+
+pub use zero_copy::{Done, InFlight};
+
 /// The most pieces the kernel takes in one call (`IOV_MAX`).
 pub const PIECES_MAX: usize = 1024;
 
@@ -121,14 +125,18 @@ impl Gather<'_> {
     /// One `sendmsg` of as much as it takes; gives the bytes that went. Never raises SIGPIPE. With
     /// `apart`, what is sent next is not joined to its last segment (`MSG_EOR`).
     pub fn send(&mut self, socket: BorrowedFd<'_>, apart: bool) -> io::Result<usize> {
+        self.send_with(socket, if apart { libc::MSG_EOR } else { 0 })
+    }
+
+    fn send_with(&mut self, socket: BorrowedFd<'_>, flags: libc::c_int) -> io::Result<usize> {
         let pieces = self.0.next_call();
         // SAFETY: all zero bytes are a valid msghdr: null pointers with zero lengths.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
         message.msg_iov = pieces.as_ptr().cast_mut();
         message.msg_iovlen = pieces.len();
-        let flags = libc::MSG_NOSIGNAL | if apart { libc::MSG_EOR } else { 0 };
+        let flags = libc::MSG_NOSIGNAL | flags;
         // SAFETY: the message names `pieces`, whose memory is borrowed for as long as `self`; the
-        // kernel only reads it.
+        // kernel only reads it, and pins what it reads later.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
         self.moved(sent)
     }

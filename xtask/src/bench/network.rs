@@ -4,6 +4,7 @@
 //! waits where the source's own queueing discipline does not see it, as at any switch of a real
 //! network. The way back is not shaped.
 
+use std::fmt;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
@@ -31,11 +32,65 @@ const SETTINGS: [(&str, &str); 4] = [
 const SETTINGS_IF_ANY: [(&str, &str); 2] =
     [("net/core/wmem_max", "212992"), ("net/core/rmem_max", "212992")];
 
+/// How fast the link is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) mbit_per_s: u32,
+}
+
+impl Link {
+    /// From Gbit/s, such as `2.5`.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let wrong =
+            || format!("{text:?} is no rate in Gbit/s with up to three decimals, such as 2.5");
+        let (whole, decimals) = text.split_once('.').unwrap_or((text, ""));
+        if decimals.len() > 3 {
+            return Err(wrong());
+        }
+        let thousandths: u32 = format!("{whole}{decimals:0<3}").parse().map_err(|_| wrong())?;
+        match thousandths {
+            0 => Err(wrong()),
+            mbit_per_s => Ok(Self { mbit_per_s }),
+        }
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} Gbit/s", f64::from(self.mbit_per_s) / 1000.0)
+    }
+}
+
 /// Which end of the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
     Source,
     Destination,
+}
+
+/// How two ends reach each other.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Way<'a> {
+    Loopback,
+    Link(&'a Network),
+}
+
+impl Way<'_> {
+    /// The same command, run at this end.
+    pub(super) fn at(self, end: End, command: Command) -> Command {
+        match self {
+            Self::Loopback => command,
+            Self::Link(network) => network.at(end, &command),
+        }
+    }
+
+    /// The destination's own address.
+    pub(super) fn destination(self) -> &'static str {
+        match self {
+            Self::Loopback => "127.0.0.1",
+            Self::Link(_) => DESTINATION_ADDRESS,
+        }
+    }
 }
 
 /// The namespaces of one link. The janitor removes them, interfaces and all.
@@ -46,11 +101,11 @@ pub(super) struct Network {
 }
 
 impl Network {
-    /// Builds a link of so many Mbit/s, its hosts set to this congestion control.
+    /// Builds a link, its hosts set to this congestion control.
     pub(super) fn build(
         janitor: &mut Janitor,
         name: &str,
-        mbit_per_s: u32,
+        link: Link,
         congestion: &str,
     ) -> Result<Self> {
         let unique = format!("whimbrel-{}-{name}", std::process::id());
@@ -83,8 +138,8 @@ impl Network {
         set(&middle, "net/ipv4/ip_forward", "1")?;
         run(Command::new("tc").args(["-n", &middle]).args(
             format!(
-                "qdisc add dev destination root tbf rate {mbit_per_s}mbit burst {BURST} \
-                 latency {QUEUE}"
+                "qdisc add dev destination root tbf rate {}mbit burst {BURST} latency {QUEUE}",
+                link.mbit_per_s
             )
             .split_whitespace(),
         ))?;
@@ -150,5 +205,22 @@ mod tests {
         let arguments: Vec<_> = inside.get_args().collect();
         assert_eq!(arguments, ["netns", "exec", "b", "qemu", "-m", "2 G"]);
         assert_eq!(inside.get_envs().count(), 1);
+    }
+
+    #[test]
+    fn rates_are_read_and_written() {
+        for (text, mbit_per_s, shown) in [
+            ("1", 1000, "1 Gbit/s"),
+            ("2.5", 2500, "2.5 Gbit/s"),
+            ("10", 10_000, "10 Gbit/s"),
+            ("0.125", 125, "0.125 Gbit/s"),
+        ] {
+            let link = Link::parse(text).unwrap();
+            assert_eq!(link.mbit_per_s, mbit_per_s);
+            assert_eq!(link.to_string(), shown);
+        }
+        for wrong in ["", "0", "1.2345", "-1", "fast", "1.-1"] {
+            assert!(Link::parse(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,0 +1,107 @@
+//! Where the pages of all channels go.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use whimbrel_ram::{BlockIndex, GuestRam, Received, TARGET_PAGE, TargetPage};
+use whimbrel_wire::BlockOffset;
+
+use crate::error::Error;
+
+const PAGE: u64 = TARGET_PAGE.bytes() as u64;
+
+/// Memory is taken from the host in such pieces, where it is about to be filled as a whole.
+const STRETCH: u64 = 2 << 20;
+
+/// The RAM that a stream fills, for those who fill it at the same time.
+#[derive(Debug)]
+pub(in crate::destination) struct Target {
+    pub(in crate::destination) ram: GuestRam,
+    /// Pages whose content has been placed. What is not among them is zero, if `fresh`.
+    pub(in crate::destination) content: Arc<Received>,
+    /// What has not been placed is zero.
+    pub(in crate::destination) fresh: bool,
+    /// Where a postcopy may follow: which pages have come, also those that are zero.
+    pub(in crate::destination) arrived: Option<Arc<Received>>,
+    /// Bytes of RAM that have come.
+    pub(in crate::destination) placed: Arc<AtomicU64>,
+}
+
+impl Target {
+    /// Pages with content are about to come: where they follow each other into memory that nobody
+    /// has touched, the kernel gives it in one piece, which is many times cheaper than page by
+    /// page.
+    pub(super) fn expect(
+        &self,
+        index: BlockIndex,
+        offsets: impl ExactSizeIterator<Item = BlockOffset>,
+    ) {
+        if !self.fresh {
+            return;
+        }
+        let count = offsets.len() as u64;
+        let mut offsets = offsets.map(|offset| offset.0);
+        let (Some(first), Some(last)) = (offsets.next(), offsets.last()) else { return };
+        let block = self.ram.block(index);
+        let start = first - first % STRETCH;
+        let is_row = last.checked_sub(first) == Some((count - 1) * PAGE);
+        // The first packet of a stretch, of those that fill it.
+        if is_row && count * PAGE >= STRETCH / 8 && first == start && start + STRETCH <= block.len()
+        {
+            // Where it cannot be had in advance it comes with the pages, or they say what is wrong.
+            let _ = block.populate(start, STRETCH);
+        }
+    }
+
+    /// The content of pages has been placed.
+    pub(super) fn has_placed(&self, block: BlockIndex, offsets: impl Iterator<Item = BlockOffset>) {
+        let mut run = 0..0;
+        let mut count = 0;
+        for BlockOffset(offset) in offsets {
+            let page = offset / PAGE;
+            if page != run.end {
+                self.set(block, run);
+                run = page..page;
+            }
+            run.end += 1;
+            count += PAGE;
+        }
+        self.set(block, run);
+        self.placed.fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn set(&self, block: BlockIndex, run: std::ops::Range<u64>) {
+        if run.is_empty() {
+            return;
+        }
+        if let Some(arrived) = &self.arrived {
+            arrived.set_all(block, run.clone());
+        }
+        self.content.set_all(block, run);
+    }
+
+    /// A page is zero. Untouched memory stays untouched.
+    pub(in crate::destination) fn place_zero(
+        &self,
+        index: BlockIndex,
+        BlockOffset(offset): BlockOffset,
+    ) -> Result<(), Error> {
+        let page = TargetPage::containing(offset);
+        if let Some(arrived) = &self.arrived {
+            arrived.set(index, page);
+        }
+        let block = self.ram.block(index);
+        if self.fresh && !self.content.contains(index, page) {
+            return Ok(());
+        }
+        if !block.is_zero(page) {
+            block.write_zeros(offset, TARGET_PAGE.bytes())?;
+        }
+        Ok(())
+    }
+
+    /// So many pages have come that have no content.
+    pub(super) fn count(&self, pages: usize) {
+        self.placed.fetch_add(pages as u64 * PAGE, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,179 @@
+//! One multifd channel at the source: claims become packets, and each packet is one system call.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use whimbrel_ram::kernel_copy::Gather;
+use whimbrel_ram::{BlockIndex, Claim, TARGET_PAGE, TargetPage};
+use whimbrel_wire::BlockOffset;
+use whimbrel_wire::multifd::{MultifdInit, PacketHeader, pages_per_packet};
+
+use super::crew::Crew;
+use crate::channel::{self, Channel, Route};
+use crate::error::Error;
+use crate::packing::{Packer, Packing};
+use crate::settings::ZeroPageDetection;
+use crate::source::setup::name;
+use crate::worker::Cancel;
+
+const PAGE: usize = TARGET_PAGE.bytes();
+
+/// The page size, as the protocol has it.
+const WIRE_PAGE: whimbrel_wire::TargetPage = whimbrel_wire::TargetPage::FOUR_KIB;
+
+/// Pages of one packet at most.
+const PACKET_MAX: usize = pages_per_packet(WIRE_PAGE) as usize;
+
+/// The thread's own.
+#[derive(Debug)]
+pub(super) struct Sender {
+    channel: Channel,
+    packer: Packer,
+    header: Vec<u8>,
+    /// Bytes sent that nobody has counted yet.
+    uncounted: u64,
+}
+
+/// The pages of the next packet.
+#[derive(Debug, Default)]
+struct Packet<'a> {
+    block: Option<BlockIndex>,
+    normal: Vec<TargetPage>,
+    zero: Vec<TargetPage>,
+    /// Claims all of whose pages are in this packet or were in one before.
+    whole: Vec<Claim<'a>>,
+}
+
+impl Sender {
+    /// Connects channel `number`, and says which one it is.
+    pub(super) fn connect(
+        number: u8,
+        route: &Route,
+        cancel: &Cancel,
+        uuid: [u8; 16],
+        packing: &Packing,
+    ) -> Result<Sender, Error> {
+        let name = channel::name::multifd(number);
+        let channel = route.connect(name, cancel)?;
+        let mut header = Vec::with_capacity(PacketHeader::len(WIRE_PAGE));
+        MultifdInit { uuid, channel: number }.encode(&mut header);
+        let mut sender = Sender { channel, packer: packing.packer(), header, uncounted: 0 };
+        sender.channel.send_bytes(&sender.header)?;
+        Ok(sender)
+    }
+
+    /// Sends what it can claim until the walk has come to its end, or is halted.
+    pub(super) fn turn(&mut self, crew: &Crew<'_>, packets: &AtomicU64) -> Result<(), Error> {
+        let mut claims = VecDeque::new();
+        let mut packet = Packet::default();
+        loop {
+            // What is begun is finished; what is not begun goes back on the map.
+            if crew.is_halted() && !claims.front().is_some_and(Claim::is_begun) {
+                return Ok(());
+            }
+            if claims.is_empty() {
+                if !crew.wait_until_quiet()? {
+                    return Ok(());
+                }
+                crew.claim(&mut claims);
+            }
+            if claims.is_empty() {
+                return Ok(());
+            }
+            packet.fill(crew, &mut claims)?;
+            self.send(crew, &mut packet, packets)?;
+        }
+    }
+
+    fn send(
+        &mut self,
+        crew: &Crew<'_>,
+        packet: &mut Packet<'_>,
+        packets: &AtomicU64,
+    ) -> Result<(), Error> {
+        let Packet { block: Some(index), normal, zero, whole } = packet else { return Ok(()) };
+        let (normal_count, zero_count) = (normal.len() as u64, zero.len() as u64);
+        if crew.dialect().zeros == ZeroPageDetection::Legacy && !zero.is_empty() {
+            crew.tell_zeros(*index, zero.drain(..));
+        }
+        let before = self.channel.bytes_out();
+        if !normal.is_empty() || !zero.is_empty() {
+            let block = crew.ram().block(*index);
+            let packed = self.packer.pack(block, normal)?;
+            let offsets = |pages: &[TargetPage]| -> Vec<BlockOffset> {
+                pages.iter().map(|page| BlockOffset(page.offset())).collect()
+            };
+            let header = PacketHeader::pages(
+                &name(block.name())?,
+                (&offsets(normal), &offsets(zero)),
+                (packed.flags(), packed.len(), packets.fetch_add(1, Ordering::Relaxed)),
+                WIRE_PAGE,
+            );
+            self.header.clear();
+            header.encode(&mut self.header);
+            let mut pieces = Gather::new();
+            pieces.push_bytes(&self.header);
+            packed.gather(&mut pieces)?;
+            self.channel.send(&mut pieces)?;
+        }
+        whole.drain(..).for_each(Claim::spend);
+        normal.clear();
+        zero.clear();
+        packet.block = None;
+        let bytes = self.channel.bytes_out() - before + self.take_bytes();
+        crew.sent(bytes, (normal_count, zero_count))
+    }
+
+    /// Says that everything of this turn has been sent.
+    pub(super) fn send_sync(&mut self, packets: &AtomicU64) -> Result<(), Error> {
+        let number = packets.fetch_add(1, Ordering::Relaxed);
+        self.header.clear();
+        PacketHeader::sync(number, WIRE_PAGE).encode(&mut self.header);
+        self.uncounted += self.header.len() as u64;
+        self.channel.send_bytes(&self.header)
+    }
+
+    /// From here on `cancel` is what ends its waits.
+    pub(super) fn heed(&mut self, cancel: Cancel) {
+        self.channel.heed(cancel);
+    }
+
+    /// Bytes sent that nobody has counted yet.
+    pub(super) fn take_bytes(&mut self) -> u64 {
+        std::mem::take(&mut self.uncounted)
+    }
+
+    /// Ends the connection in an orderly way.
+    pub(super) fn finish(self) -> Result<(), Error> {
+        self.channel.finish()
+    }
+}
+
+impl<'a> Packet<'a> {
+    /// Takes pages of one block from the claims, until the packet is full or no claim is left.
+    fn fill(&mut self, crew: &Crew<'a>, claims: &mut VecDeque<Claim<'a>>) -> Result<(), Error> {
+        let most = (crew.packet_max(PACKET_MAX * PAGE) / PAGE).clamp(1, PACKET_MAX);
+        let detects = crew.dialect().zeros != ZeroPageDetection::None;
+        while let Some(claim) = claims.front_mut() {
+            if self.block.is_some_and(|block| block != claim.block()) {
+                return Ok(());
+            }
+            let index = claim.block();
+            self.block = Some(index);
+            if !claim.is_begun() {
+                crew.rearm(claim)?;
+            }
+            let block = crew.ram().block(index);
+            while self.normal.len() + self.zero.len() < most {
+                let Some(page) = claim.next_page() else { break };
+                let zero = detects && (crew.is_untouched(index, page) || block.is_zero(page));
+                if zero { self.zero.push(page) } else { self.normal.push(page) }
+            }
+            if self.normal.len() + self.zero.len() == most && claim.remaining() > 0 {
+                return Ok(());
+            }
+            self.whole.extend(claims.pop_front());
+        }
+        Ok(())
+    }
+}
