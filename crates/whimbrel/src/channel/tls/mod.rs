@@ -41,3 +41,9 @@ pub(crate) const UNEXPECTED: &str = "the peer speaks TLS; set tls-creds here, to
 pub(super) fn explain(fault: &Fault) -> String {
     words::of_fault(fault)
 }
+
+#[cfg(test)]
+#[path = "../../../tests/support/pki.rs"]
+mod pki;
+#[cfg(test)]
+mod tests;
