@@ -30,6 +30,7 @@ mod guest;
 mod hello;
 pub mod kept;
 mod latency;
+mod loaders;
 mod migrator;
 mod objects;
 mod packing;
@@ -41,14 +42,15 @@ mod status;
 mod vm;
 mod worker;
 
+pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use channel::tls::{
     Authorization, Format as AuthorizationFormat, Policy as AuthorizationPolicy, TlsCredentials,
     TlsEndpoint, TlsOptions,
 };
-pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
-pub use objects::Object;
+pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
+pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,

@@ -199,7 +199,9 @@ fn hear(channel: &mut Channel) -> Result<Said, Error> {
     let bytes = match channel.peek(&mut first) {
         Ok(None) => return Ok(Said::Nothing),
         // Whoever it was, it took nothing with it.
-        Ok(Some(0)) | Err(Error::Channel { .. } | Error::Truncated { .. }) => return Ok(Said::Gone),
+        Ok(Some(0)) | Err(Error::Channel { .. } | Error::Truncated { .. }) => {
+            return Ok(Said::Gone);
+        }
         Err(reason @ Error::Tls { .. }) => return Ok(Said::Wrong(reason)),
         Ok(Some(bytes)) => bytes,
         Err(error) => return Err(error),

@@ -6,18 +6,20 @@
 
 mod arrivals;
 mod connect;
+mod end;
 mod exec;
 mod fd;
 mod file;
 pub(crate) mod link;
 mod listen;
+pub(crate) mod name;
 pub(crate) mod tls;
 mod waiting;
-pub(crate) mod name;
+mod zero_copy;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -26,13 +28,16 @@ use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
 use crate::error::Error;
-use crate::worker::{Cancel, Woken};
+use crate::worker::{Cancel, Links, Woken};
+
+use end::End;
 
 pub(crate) use arrivals::Arrivals;
 pub(crate) use connect::Route;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
 use tls::{Fault, Handshake, Progress, Sent, Session, TlsClient, TlsServer};
+pub(crate) use zero_copy::ZeroCopy;
 
 /// What a channel is made of, and what has to happen at its end.
 #[derive(Debug)]
@@ -48,7 +53,7 @@ enum Kind {
 #[derive(Debug)]
 pub(crate) struct Channel {
     name: &'static str,
-    fd: OwnedFd,
+    end: Arc<End>,
     kind: Kind,
     cancel: Cancel,
     bytes_in: u64,
@@ -74,9 +79,13 @@ impl Channel {
         // Files are never waited for; O_NONBLOCK means nothing to them.
         rustix::io::ioctl_fionbio(&fd, !matches!(kind, Kind::File(_)))
             .or_else(|error| if matches!(kind, Kind::Pipe) { Ok(()) } else { Err(error) })?;
+        let end = Arc::new(match kind {
+            Kind::Socket => End::socket(fd),
+            Kind::Pipe | Kind::File(_) | Kind::Command(_) => End::other(fd)?,
+        });
         Ok(Channel {
             name,
-            fd,
+            end,
             kind,
             cancel: cancel.clone(),
             bytes_in: 0,
@@ -113,7 +122,7 @@ impl Channel {
     /// descriptor has to be ready for before it can go on, or `None` when there is nothing to do.
     pub(crate) fn handshake(&mut self) -> Result<Option<PollFlags>, Error> {
         let Security::Handshake(handshake) = &mut self.security else { return Ok(None) };
-        match handshake.step(self.fd.as_fd()) {
+        match handshake.step(self.end.as_fd()) {
             Ok(Progress::Needs(what)) => Ok(Some(what)),
             Ok(Progress::Done(session)) => {
                 self.security = Security::Secret(Arc::new(session));
@@ -136,7 +145,7 @@ impl Channel {
         while let Some(what) = self.handshake()? {
             let deadline = self.handshake_deadline().unwrap_or_else(Instant::now);
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.cancel.wait(self.fd.as_fd(), what, Some(left)) {
+            match self.wait(what, Some(left)) {
                 Ok(Woken::Cancelled) => return Err(Error::Cancelled),
                 Ok(Woken::Ready | Woken::TimedOut) => {}
                 Err(error) => return Err(self.error(error, 0)),
@@ -149,22 +158,30 @@ impl Channel {
         match &self.security {
             Security::Plain => None,
             Security::Secret(session) => Some(session.clone()),
-            Security::Handshake(_) => unreachable!("whoever uses a channel has made it a secret one"),
+            Security::Handshake(_) => {
+                unreachable!("whoever uses a channel has made it a secret one")
+            }
         }
     }
 
     /// The same connection as a channel of its own, for the other direction.
-    pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
-        let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
+    pub(crate) fn other_direction(&self, name: &'static str) -> Channel {
+        let (end, cancel) = (self.end.clone(), self.cancel.clone());
         let kind = Kind::Socket;
-        let cancel = self.cancel.clone();
         let security = self.session().map_or(Security::Plain, Security::Secret);
-        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, security })
+        Channel { name, end, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, security }
+    }
+
+    /// As one of a migration's connections, which [`Links::shut_down`] ends.
+    pub(crate) fn joined(self, links: &Links) -> Channel {
+        let end: Weak<End> = Arc::downgrade(&self.end);
+        links.join(end);
+        self
     }
 
     /// Waits until a write is likely to go through, for `timeout` at most.
     pub(crate) fn ready_to_send(&self, timeout: Option<Duration>) -> Result<Woken, Error> {
-        match self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, timeout) {
+        match self.wait(PollFlags::OUT, timeout) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
             Ok(woken) => Ok(woken),
             Err(error) => Err(self.error(error, self.bytes_out)),
@@ -182,12 +199,15 @@ impl Channel {
     }
 
     /// What is there already, without taking it; `None` when nothing is, 0 at the end of the stream.
-    pub(crate) fn peek(&self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
+    pub(crate) fn peek(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
+        if self.handshake()?.is_some() {
+            return Ok(None);
+        }
         let there = match self.session() {
-            Some(session) => session.peek(self.fd.as_fd(), buffer),
+            Some(session) => session.peek(self.end.as_fd(), buffer),
             None => {
                 let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-                match rustix::net::recv(&self.fd, buffer, flags) {
+                match rustix::net::recv(&*self.end, buffer, flags) {
                     Ok((_, bytes)) => Ok(Some(bytes)),
                     Err(Errno::AGAIN | Errno::INTR) => Ok(None),
                     Err(error) => Err(Fault::System(error.into())),
@@ -236,12 +256,10 @@ impl Channel {
             return self.send_secretly(&session, pieces);
         }
         while pieces.bytes_left() > 0 {
-            if self.cancel.is_set() {
-                return Err(Error::Cancelled);
-            }
+            self.check(self.bytes_out)?;
             let sent = match self.kind {
-                Kind::Socket => pieces.send(self.fd.as_fd(), self.apart),
-                Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.fd.as_fd()),
+                Kind::Socket => pieces.send(self.end.as_fd(), self.apart),
+                Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.end.as_fd()),
             };
             match sent {
                 Ok(bytes) => self.bytes_out += bytes as u64,
@@ -253,10 +271,8 @@ impl Channel {
 
     fn send_secretly(&mut self, session: &Session, pieces: &mut Gather<'_>) -> Result<(), Error> {
         loop {
-            if self.cancel.is_set() {
-                return Err(Error::Cancelled);
-            }
-            match session.send(self.fd.as_fd(), pieces, self.apart) {
+            self.check(self.bytes_out)?;
+            match session.send(self.end.as_fd(), pieces, self.apart) {
                 Ok(Sent::All) => return Ok(()),
                 Ok(Sent::Some(bytes)) => self.bytes_out += bytes as u64,
                 Err(Fault::System(error)) if is_passing(&error) => {
@@ -264,7 +280,7 @@ impl Channel {
                 }
                 Err(fault) => {
                     // The reason often lies unread on the other direction.
-                    let said = session.last_word(self.fd.as_fd());
+                    let said = session.last_word(self.end.as_fd());
                     return Err(self.fault(said.unwrap_or(fault), self.bytes_out));
                 }
             }
@@ -295,21 +311,23 @@ impl Channel {
     /// secret channel may hold what has been read from the descriptor, and what has been read may
     /// be nothing yet.
     pub(crate) fn try_receive(&mut self, pieces: &mut Scatter<'_>) -> Result<Option<usize>, Error> {
-        if self.cancel.is_set() {
-            return Err(Error::Cancelled);
-        }
+        self.check(self.bytes_in)?;
         let received = match self.session() {
-            Some(session) => session.receive(self.fd.as_fd(), pieces),
+            Some(session) => session.receive(self.end.as_fd(), pieces),
             None => self.try_read(pieces).map_err(Fault::System),
         };
         let received = received.map_err(|fault| self.fault(fault, self.bytes_in))?;
+        if received == Some(0) {
+            // Not the other side's doing, where it was shut down here.
+            self.check(self.bytes_in)?;
+        }
         self.bytes_in += received.unwrap_or(0) as u64;
         Ok(received)
     }
 
     fn try_read(&self, pieces: &mut Scatter<'_>) -> io::Result<Option<usize>> {
         loop {
-            match pieces.read(self.fd.as_fd()) {
+            match pieces.read(self.end.as_fd()) {
                 Ok(bytes) => return Ok(Some(bytes)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -331,13 +349,30 @@ impl Channel {
                 return Ok(Some(bytes));
             }
             let left = deadline.saturating_duration_since(Instant::now());
-            match self.cancel.wait(self.fd.as_fd(), PollFlags::IN, Some(left)) {
+            match self.wait(PollFlags::IN, Some(left)) {
                 Ok(Woken::Cancelled) => return Err(Error::Cancelled),
                 Ok(Woken::TimedOut) => return Ok(None),
                 Ok(Woken::Ready) => {}
                 Err(error) => return Err(self.error(error, self.bytes_in)),
             }
         }
+    }
+
+    /// Waits for the descriptor, or the end of all waiting.
+    fn wait(&self, ready: PollFlags, timeout: Option<Duration>) -> io::Result<Woken> {
+        let fd = self.end.as_fd();
+        match self.end.wake() {
+            None => self.cancel.wait(fd, ready, timeout),
+            Some(wake) => self.cancel.wait_or(wake, fd, ready, timeout),
+        }
+    }
+
+    /// Whether it was ended from this side, and why.
+    fn check(&self, offset: u64) -> Result<(), Error> {
+        if self.cancel.is_set() {
+            return Err(Error::Cancelled);
+        }
+        self.end.check().map_err(|source| Error::Channel { channel: self.name, offset, source })
     }
 
     fn wait_after(&self, error: io::Error, ready: PollFlags, offset: u64) -> Result<(), Error> {
@@ -349,7 +384,7 @@ impl Channel {
     }
 
     fn wait_for(&self, ready: PollFlags, offset: u64) -> Result<(), Error> {
-        match self.cancel.wait(self.fd.as_fd(), ready, None) {
+        match self.wait(ready, None) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
             Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
             Err(error) => Err(self.error(error, offset)),
@@ -357,13 +392,16 @@ impl Channel {
     }
 
     fn error(&self, source: io::Error, offset: u64) -> Error {
-        Error::Channel { channel: self.name, offset, source }
+        Error::Channel { channel: self.name, offset, source: self.end.cause(source) }
     }
 
     fn fault(&self, fault: Fault, offset: u64) -> Error {
         match fault {
             Fault::System(source) => self.error(source, offset),
-            Fault::Truncated => Error::Truncated { channel: self.name, offset },
+            Fault::Truncated => match self.check(offset) {
+                Ok(()) => Error::Truncated { channel: self.name, offset },
+                Err(reason) => reason,
+            },
             other => self.tls_error(format!("byte {offset}: {}", tls::explain(&other))),
         }
     }
@@ -387,14 +425,15 @@ impl Channel {
         let offset = self.bytes_out;
         match self.kind {
             Kind::Socket | Kind::Pipe => Ok(()),
-            Kind::File(target) => target.keep(&self.fd).map_err(|source| Error::Channel {
+            Kind::File(target) => target.keep(&*self.end).map_err(|source| Error::Channel {
                 channel: self.name,
                 offset,
                 source,
             }),
             Kind::Command(command) => {
-                drop(self.fd); // The command sees the end of its input.
-                command.finish(&self.cancel)
+                let yanked = self.end.wake().cloned().unwrap_or_else(|| self.cancel.clone());
+                drop(self.end); // The command sees the end of its input.
+                command.finish(&self.cancel, &yanked)
             }
         }
     }
@@ -408,11 +447,11 @@ impl Channel {
         session.end();
         let deadline = Instant::now() + GOODBYE;
         loop {
-            match session.send(self.fd.as_fd(), &mut Gather::new(), false) {
+            match session.send(self.end.as_fd(), &mut Gather::new(), false) {
                 Ok(Sent::Some(_)) => {}
                 Err(Fault::System(error)) if is_passing(&error) => {
                     let left = deadline.saturating_duration_since(Instant::now());
-                    let woken = self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, Some(left));
+                    let woken = self.wait(PollFlags::OUT, Some(left));
                     if !matches!(woken, Ok(Woken::Ready)) {
                         return;
                     }
@@ -433,7 +472,7 @@ fn is_passing(error: &io::Error) -> bool {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.end.as_fd()
     }
 }
 

@@ -4,6 +4,17 @@
 //! flags name: the bytes as they are, a part of the channel's zlib stream, or zstd. At the source
 //! each channel has a [`Packer`], at the destination an [`Unpacker`]; neither knows of sockets or
 //! headers. [`Packing`] is what the packers of one migration have in common.
+//!
+//! ```text
+//! let mut packer = packing.packer();                     // one for each source/send-N
+//! let packed = packer.pack(block, &pages)?;              // for each packet
+//! .. a header with packed.flags() and packed.len() ..
+//! gather.push_bytes(&header);
+//! packed.gather(&mut gather)?;
+//! .. send all of it ..
+//! drop(gather);
+//! packer.sent();                                         // the data have left, or are in the socket
+//! ```
 
 mod error;
 mod packer;
@@ -13,6 +24,8 @@ mod zlib;
 mod zstd;
 
 pub use error::UnpackError;
+#[cfg(test)]
+pub(crate) use packer::Packed;
 pub(crate) use packer::{Packer, Packing, Peer};
 pub(crate) use unpacker::Unpacker;
 

@@ -122,6 +122,12 @@ impl Packer {
     }
 }
 
+impl Packer {
+    /// The packet that was packed last has been sent. What `auto` learns from is the time from
+    /// there to here.
+    pub(crate) fn sent(&mut self) {}
+}
+
 /// The data of a packet.
 #[derive(Debug)]
 pub(crate) struct Packed<'p> {

@@ -28,18 +28,17 @@ pub(super) struct Stored {
 impl Stored {
     /// Makes the headers for `len` bytes; gives the length of the whole frame.
     pub(super) fn set(&mut self, len: usize) -> usize {
-        let content = u32::try_from(len).expect("at most a packet's");
+        let field = |len: usize| u32::try_from(len).expect("at most a packet's").to_le_bytes();
         self.frame[..4].copy_from_slice(&MAGIC.to_le_bytes());
         self.frame[4] = DESCRIPTOR;
-        self.frame[5..].copy_from_slice(&content.to_le_bytes());
+        self.frame[5..].copy_from_slice(&field(len));
         let blocks = len.div_ceil(BLOCK_MAX);
-        let mut left = content;
+        let mut left = len;
         for header in &mut self.blocks[..blocks] {
-            let size = left.min(BLOCK_MAX as u32);
+            let size = left.min(BLOCK_MAX);
             left -= size;
-            let is_last = u32::from(left == 0);
-            let [low, middle, high, _] = (size << 3 | is_last).to_le_bytes();
-            *header = [low, middle, high];
+            let is_last = usize::from(left == 0);
+            header.copy_from_slice(&field(size << 3 | is_last)[..BLOCK_HEADER]);
         }
         FRAME_HEADER + blocks * BLOCK_HEADER + len
     }

@@ -70,7 +70,8 @@ impl Authorization {
 
 /// In time that grows with the product of the lengths at most.
 fn glob(pattern: &str, text: &str) -> bool {
-    let (pattern, text): (Vec<char>, Vec<char>) = (pattern.chars().collect(), text.chars().collect());
+    let (pattern, text): (Vec<char>, Vec<char>) =
+        (pattern.chars().collect(), text.chars().collect());
     let (mut p, mut t) = (0, 0);
     // The last star, and how much it stands for.
     let mut star: Option<(usize, usize)> = None;

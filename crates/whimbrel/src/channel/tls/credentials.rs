@@ -307,8 +307,9 @@ impl Files<'_> {
         options: TlsOptions,
     ) -> Result<CertifiedKey, Error> {
         let chain = self.certificates(cert)?;
-        let pem =
-            self.read(key)?.ok_or_else(|| self.error(key, "no such file, and its certificate is there"))?;
+        let pem = self
+            .read(key)?
+            .ok_or_else(|| self.error(key, "no such file, and its certificate is there"))?;
         let private = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| match error {
             PemError::NoItemsFound => {
                 self.error(key, "no private key in PEM format is in it that is not encrypted")
@@ -333,7 +334,11 @@ impl Files<'_> {
     }
 
     /// Whether a peer with the same CA would take our certificate.
-    fn check(&self, chain: &[CertificateDer<'static>], roots: &RootCertStore) -> Result<(), TlsError> {
+    fn check(
+        &self,
+        chain: &[CertificateDer<'static>],
+        roots: &RootCertStore,
+    ) -> Result<(), TlsError> {
         let [own, others @ ..] = chain else {
             return Err(TlsError::NoCertificatesPresented);
         };

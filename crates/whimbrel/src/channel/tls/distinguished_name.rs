@@ -241,15 +241,13 @@ mod tests {
             ]),
             "UID=joe,EMAIL=a@b.c,2.5.4.97=#0c026f69,1.2.840.113549.1.9.2=#0c02756e"
         );
-        assert_eq!(
-            text_of(&[&[pair(&id(3), BMP_STRING, &[0, b'a', 1, 0x31])]]),
-            "CN=a\u{131}"
-        );
+        assert_eq!(text_of(&[&[pair(&id(3), BMP_STRING, &[0, b'a', 1, 0x31])]]), "CN=a\u{131}");
     }
 
     #[test]
     fn what_is_no_certificate_has_no_name() {
-        for bytes in [&b""[..], b"\x30", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00", b"\x30\x80\x00"] {
+        for bytes in [&b""[..], b"\x30", b"\x30\x84\xff\xff\xff\xff", b"\x30\x00", b"\x30\x80\x00"]
+        {
             assert_eq!(of(bytes), None);
         }
         let lone = der(SET, &[0x30, 5, 6, 9]);

@@ -190,9 +190,7 @@ impl Handshake {
                 "{} does not speak TLS: set tls-creds there, too, or on neither side",
                 self.peer()
             )),
-            Err(_) => {
-                Err(format!("{} begins with a record that is too long", self.peer()))
-            }
+            Err(_) => Err(format!("{} begins with a record that is too long", self.peer())),
         }
     }
 
@@ -269,7 +267,8 @@ impl Handshake {
                 "the source's certificate is for '{name}', which tls-authz does not allow in"
             )),
             None => Some(
-                "the source shows no certificate, and tls-authz allows in nobody without one".into(),
+                "the source shows no certificate, and tls-authz allows in nobody without one"
+                    .into(),
             ),
         }
     }
@@ -321,7 +320,10 @@ fn turn<Data>(
     (status.discard, turn)
 }
 
-fn encode<Data>(data: &mut EncodeTlsData<'_, Data>, outgoing: &mut Vec<u8>) -> Result<(), TlsError> {
+fn encode<Data>(
+    data: &mut EncodeTlsData<'_, Data>,
+    outgoing: &mut Vec<u8>,
+) -> Result<(), TlsError> {
     let before = outgoing.len();
     let mut room = 1 << 10;
     loop {

@@ -23,11 +23,10 @@ mod unverified;
 mod words;
 
 pub use authorization::{Authorization, Format, Policy};
-pub use credentials::{TlsCredentials, TlsEndpoint, TlsOptions};
 pub(crate) use credentials::{TlsClient, TlsServer};
+pub use credentials::{TlsCredentials, TlsEndpoint, TlsOptions};
 pub(super) use handshake::{Handshake, Progress};
 pub(super) use session::{Fault, Sent, Session};
-
 
 /// Whether the first bytes that came are those of a peer that speaks TLS: a record of a handshake.
 pub(crate) fn is_spoken_by(first: &[u8]) -> bool {
@@ -35,7 +34,8 @@ pub(crate) fn is_spoken_by(first: &[u8]) -> bool {
 }
 
 /// What a peer says when it speaks TLS and we do not.
-pub(crate) const UNEXPECTED: &str = "the peer speaks TLS; set tls-creds here, too, or on neither side";
+pub(crate) const UNEXPECTED: &str =
+    "the peer speaks TLS; set tls-creds here, too, or on neither side";
 
 /// What is wrong, in words.
 pub(super) fn explain(fault: &Fault) -> String {

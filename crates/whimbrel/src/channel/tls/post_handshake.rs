@@ -93,14 +93,8 @@ mod tests {
         for byte in &both[..both.len() - 1] {
             assert_eq!(messages.take(ContentType::Handshake, &[*byte]), Ok(Said::Nothing));
         }
-        assert_eq!(
-            messages.take(ContentType::Handshake, &[1]),
-            Ok(Said::NewKey { answer: true })
-        );
-        assert_eq!(
-            messages.take(ContentType::Handshake, &both),
-            Ok(Said::NewKey { answer: true })
-        );
+        assert_eq!(messages.take(ContentType::Handshake, &[1]), Ok(Said::NewKey { answer: true }));
+        assert_eq!(messages.take(ContentType::Handshake, &both), Ok(Said::NewKey { answer: true }));
         assert!(messages.begun.is_empty());
     }
 

@@ -50,7 +50,10 @@ fn server(folder: &Folder) -> TlsServer {
 }
 
 /// Both ends' handshakes: how each went.
-fn shake(client: &TlsClient, server: &TlsServer) -> (Result<Channel, Error>, Result<Channel, Error>) {
+fn shake(
+    client: &TlsClient,
+    server: &TlsServer,
+) -> (Result<Channel, Error>, Result<Channel, Error>) {
     let (mut near, mut far) = pair();
     near.secure_as_client(client).unwrap();
     far.secure_as_server(server).unwrap();
@@ -122,8 +125,8 @@ fn bytes_arrive_as_they_were_sent_in_pieces_of_any_size() {
 #[test]
 fn both_directions_go_at_the_same_time() {
     let (mut near, mut far) = secret_pair();
-    let mut answers = far.other_direction("answers").unwrap();
-    let mut questions = near.other_direction("questions").unwrap();
+    let mut answers = far.other_direction("answers");
+    let mut questions = near.other_direction("questions");
     thread::scope(|scope| {
         scope.spawn(|| (0..200).for_each(|_| near.send_bytes(&pattern(50_000)).unwrap()));
         scope.spawn(|| (0..20_000u32).for_each(|n| answers.send_bytes(&n.to_be_bytes()).unwrap()));
@@ -177,9 +180,7 @@ fn readiness_is_not_what_the_descriptor_says() {
 }
 
 /// Plain bytes between two ends, one of which is a channel: what goes to it can be changed.
-fn tapped(
-    folder: &Folder,
-) -> (Channel, TcpStream) {
+fn tapped(folder: &Folder) -> (Channel, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let outside = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (inside, _) = listener.accept().unwrap();
@@ -346,12 +347,7 @@ fn tls_1_2_and_every_suite_work_with_rustls_both_ways() {
 }
 
 /// What the stock end says comes back.
-fn echo(
-    far: &mut Channel,
-    stock: &mut ClientConnection,
-    outside: &mut TcpStream,
-    sent: &[u8],
-) {
+fn echo(far: &mut Channel, stock: &mut ClientConnection, outside: &mut TcpStream, sent: &[u8]) {
     thread::scope(|scope| {
         scope.spawn(|| {
             let mut found = vec![0; sent.len()];

@@ -41,7 +41,9 @@ pub(super) fn of_handshake(error: &Error, endpoint: TlsEndpoint) -> String {
 /// What is wrong with a certificate of our own.
 pub(super) fn of_own(error: &Error) -> String {
     match error {
-        Error::InvalidCertificate(problem) => format!("this certificate {}", of_certificate(problem)),
+        Error::InvalidCertificate(problem) => {
+            format!("this certificate {}", of_certificate(problem))
+        }
         other => other.to_string(),
     }
 }
@@ -199,7 +201,10 @@ mod tests {
         ] {
             assert_eq!(civil(days), date);
         }
-        assert_eq!(date(UnixTime::since_unix_epoch(Duration::from_secs(86399))), "1970-01-01 23:59 UTC");
+        assert_eq!(
+            date(UnixTime::since_unix_epoch(Duration::from_secs(86399))),
+            "1970-01-01 23:59 UTC"
+        );
     }
 
     #[test]
