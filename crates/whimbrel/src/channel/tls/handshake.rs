@@ -157,20 +157,18 @@ impl Handshake {
 
     /// It fails here: the peer is told why, as far as it takes that at once.
     fn give_up(&mut self, error: &TlsError, socket: BorrowedFd<'_>) -> String {
-        for _ in 0..4 {
-            let (_, turn) = match &mut self.connection {
-                None => break,
-                Some(Connection::Client(connection)) => {
-                    turn(connection.process_tls_records(&mut []), &mut self.outgoing)
-                }
-                Some(Connection::Server(connection)) => {
-                    turn(connection.process_tls_records(&mut []), &mut self.outgoing)
-                }
-            };
-            if !matches!(turn, Ok(Turn::Again)) {
-                break;
+        let shown = &mut self.incoming[..self.shown];
+        let told = match &mut self.connection {
+            None => (0, Ok(Turn::Done)),
+            Some(Connection::Client(connection)) => {
+                turn(connection.process_tls_records(shown), &mut self.outgoing)
             }
-        }
+            Some(Connection::Server(connection)) => {
+                turn(connection.process_tls_records(shown), &mut self.outgoing)
+            }
+        };
+        // What it was told before stays the reason.
+        drop(told);
         // If it cannot be told, the end of the connection tells it.
         let _ = self.send(socket);
         words::of_handshake(error, self.endpoint)

@@ -113,6 +113,9 @@ fn of_alert(alert: AlertDescription, during: Option<TlsEndpoint>) -> String {
         | AlertDescription::CertificateUnknown => {
             format!(": it does not take {own} certificate")
         }
+        AlertDescription::DecryptError => {
+            format!(": it cannot verify {own} certificate: the same CA has to sign both sides'")
+        }
         AlertDescription::AccessDenied => ": its tls-authz does not allow us in".into(),
         AlertDescription::ProtocolVersion | AlertDescription::HandshakeFailure => {
             ": it has no version or cipher in common with this, or wants what this has not".into()
