@@ -11,6 +11,8 @@ mod machine;
 mod on_channels;
 mod open;
 mod restore;
+#[cfg(test)]
+mod round_trip;
 mod supply;
 mod touch;
 mod writers;

@@ -31,10 +31,6 @@ use crate::worker::{Cancel, Role, Worker};
 /// Pages in a chunk: 4 MiB, whole huge folios.
 const PAGES: u64 = 1024;
 
-/// Chunks that are in memory and have not been sent, at most; beside those that senders read for
-/// themselves.
-const WINDOW: usize = 32;
-
 /// How long a wait for another's reading lasts before its reader looks whether it is cancelled.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -99,6 +95,10 @@ pub(crate) struct Supply {
 }
 
 impl Supply {
+    /// Chunks that are in memory and have not been sent, at most; beside those that senders read
+    /// for themselves.
+    pub(super) const WINDOW: usize = 32;
+
     /// For senders who ask for every page of [`ram`](Supply::ram), and say when it has been sent;
     /// `looked_at` if they do more with it than have the kernel send it.
     pub(crate) fn start(
@@ -112,7 +112,7 @@ impl Supply {
             DirectIo::On => DirectIo::On,
         };
         match direct == DirectIo::Off && !looked_at {
-            true => Supply::new(vm, vm.ram.clone(), None, access, WINDOW, cancel),
+            true => Supply::new(vm, vm.ram.clone(), None, access, Supply::WINDOW, cancel),
             false => {
                 let copied = Copied::new(vm, direct)?;
                 let blocks = vm.ram.blocks();
@@ -120,7 +120,7 @@ impl Supply {
                     .map(|(_, block)| RamBlock::anonymous(block.name(), 0, block.len()))
                     .collect();
                 let ram = GuestRam::new(blocks?);
-                Supply::new(vm, ram, Some(copied), access, WINDOW, cancel)
+                Supply::new(vm, ram, Some(copied), access, Supply::WINDOW, cancel)
             }
         }
     }
@@ -191,7 +191,10 @@ impl Supply {
     /// hold anything. May wait for the disk. Costs next to nothing when they are there.
     pub(crate) fn have(&self, block: BlockIndex, pages: Range<u64>) -> Result<(), Error> {
         for place in self.shared.places_of(block, &pages) {
-            if self.shared.chunks[place].state.load(Ordering::Acquire) != THERE {
+            // What has been sent is not read again for the pages without content behind it.
+            if self.shared.chunks[place].state.load(Ordering::Acquire) != THERE
+                && self.shared.content_in(place, &pages) > 0
+            {
                 self.shared.have(place)?;
             }
         }
@@ -203,6 +206,12 @@ impl Supply {
         for place in self.shared.places_of(block, &pages) {
             self.shared.sent(place, &pages);
         }
+    }
+
+    /// Chunks in memory that have not been sent.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.shared.queue().held
     }
 
     /// The reason why pages that were there could not be sent, if it lies with the file.
@@ -255,6 +264,14 @@ impl Shared {
         let number = |page: u64| usize::try_from(page / PAGES).expect("RAM fits in memory");
         let range = number(pages.start)..number(pages.end + PAGES - 1);
         self.places[block.index()][range].iter().flatten().copied()
+    }
+
+    /// How many of these pages are the chunk's and have content.
+    fn content_in(&self, place: usize, pages: &Range<u64>) -> u64 {
+        let chunk = &self.chunks[place];
+        let present = &self.present[chunk.block.index()];
+        let here = pages.start.max(chunk.pages.start)..pages.end.min(chunk.pages.end);
+        here.filter(|page| bitmap::is_set(present, *page)).count() as u64
     }
 
     /// What a reader does.
@@ -342,9 +359,7 @@ impl Shared {
 
     fn sent(&self, place: usize, pages: &Range<u64>) {
         let chunk = &self.chunks[place];
-        let here = pages.start.max(chunk.pages.start)..pages.end.min(chunk.pages.end);
-        let present = &self.present[chunk.block.index()];
-        let sent = here.filter(|page| bitmap::is_set(present, *page)).count() as u64;
+        let sent = self.content_in(place, pages);
         if sent == 0 || chunk.left.fetch_sub(sent, Ordering::AcqRel) != sent {
             return;
         }
