@@ -32,7 +32,7 @@ use super::setup::{RAM_SECTION, Stream, name};
 use super::urgent::Urgent;
 use super::wanted::Wanted;
 use crate::address::Address;
-use crate::channel::{self, Channel, link};
+use crate::channel::{Channel, Route, link};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::plan::Rate;
@@ -91,19 +91,15 @@ pub(crate) struct Postcopy<'a> {
 
 /// Opens the channel for urgent pages. The destination must have answered already, so that it
 /// does not take this for the main channel.
-pub(crate) fn open_urgent(
-    address: &Address,
-    cancel: &Cancel,
-    links: &Links,
-) -> Result<Channel, Error> {
-    match address {
-        Address::Tcp { .. } | Address::Unix(_) => {
-            channel::connect("urgent", address, cancel, links)
-        }
-        Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Err(Error::Refused(format!(
-            "{address}: capability postcopy-preempt needs a second connection, which this \
+pub(crate) fn open_urgent(route: &Route, cancel: &Cancel, links: &Links) -> Result<Channel, Error> {
+    match &route.address {
+        Address::Tcp { .. } | Address::Unix(_) => route.connect("urgent", cancel, links),
+        address @ (Address::Fd(_) | Address::Exec(_) | Address::File { .. }) => {
+            Err(Error::Refused(format!(
+                "{address}: capability postcopy-preempt needs a second connection, which this \
              transport has not; switch it off or use tcp: or unix:"
-        ))),
+            )))
+        }
     }
 }
 

@@ -15,6 +15,7 @@ use whimbrel_ram::PageMap;
 use whimbrel_wire::encode_multifd_flush;
 
 use crate::address::Address;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::packing::{Packing, Peer};
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
@@ -67,12 +68,13 @@ impl Channels {
     /// Connects all channels to where the main channel is connected to. They have delivered what
     /// belongs to the stream's beginning, whose mark the main channel has still to carry.
     pub(crate) fn connect(
-        address: &Address,
+        route: &Route,
         cancel: &Cancel,
         links: &Links,
         opening: &Opening,
         parameters: &Parameters,
     ) -> Result<Channels, Error> {
+        let address = &route.address;
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
             return Err(Error::Refused(format!(
                 "{address}: capability multifd needs several connections, which this transport \
@@ -89,7 +91,7 @@ impl Channels {
         let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
         let connect = |number| {
-            let mut sender = Sender::connect(number, address, &stop, links, opening, &packing)?;
+            let mut sender = Sender::connect(number, route, &stop, links, opening, &packing)?;
             sender.send_sync(&packets)?;
             Ok(sender)
         };

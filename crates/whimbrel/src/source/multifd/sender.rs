@@ -11,8 +11,7 @@ use whimbrel_wire::multifd::{MultifdInit, PacketHeader, pages_per_packet};
 
 use super::Opening;
 use super::crew::Crew;
-use crate::address::Address;
-use crate::channel::{self, Channel, ZeroCopy};
+use crate::channel::{self, Channel, Route, ZeroCopy};
 use crate::error::Error;
 use crate::packing::{Packer, Packing};
 use crate::settings::ZeroPageDetection;
@@ -54,14 +53,14 @@ impl Sender {
     /// Connects channel `number`, and says which one it is.
     pub(super) fn connect(
         number: u8,
-        address: &Address,
+        route: &Route,
         cancel: &Cancel,
         links: &Links,
         opening: &Opening,
         packing: &Packing,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
-        let channel = channel::connect(name, address, cancel, links).map_err(|error| match error {
+        let channel = route.connect(name, cancel, links).map_err(|error| match error {
             Error::Open { address, source, .. }
                 if matches!(
                     source.kind(),
