@@ -10,7 +10,8 @@ use whimbrel_ram::kernel_copy::Gather;
 use whimbrel_ram::{RamBlock, TargetPage};
 use whimbrel_wire::multifd::{Compression, PacketHeader};
 
-use super::{PACKET_PAGES, PAGE, Packed, Packing, Peer, UnpackError, Unpacker};
+use super::packer::Packed;
+use super::{PACKET_PAGES, PAGE, Packing, Peer, UnpackError, Unpacker};
 use crate::settings::{MultifdCompression, Parameters};
 
 /// What a page holds.
