@@ -69,6 +69,10 @@ pub trait Backend: Send + Sync {
     /// Breaks the connections of a migration in postcopy, on purpose.
     fn migrate_pause(&self) -> Result<(), QmpError>;
 
+    /// Shuts down every connection of the migration under way, whoever waits on it; an error when
+    /// there is none.
+    fn yank(&self) -> Result<(), QmpError>;
+
     /// Goes on from `state`, at which the migration waits.
     fn migrate_continue(&self, state: MigrationStatus) -> Result<(), QmpError>;
 

@@ -136,6 +136,10 @@ impl Backend for MigratorBackend {
         self.migrator.pause().map_err(QmpError::generic)
     }
 
+    fn yank(&self) -> Result<(), QmpError> {
+        self.migrator.yank().map_err(|_| QmpError::instance_not_found())
+    }
+
     fn migrate_continue(&self, state: MigrationStatus) -> Result<(), QmpError> {
         self.migrator.proceed(state).map_err(QmpError::generic)
     }

@@ -55,6 +55,10 @@ impl QmpError {
         QmpError { class: ErrorClass::CommandNotFound, desc }
     }
 
+    pub(crate) fn instance_not_found() -> QmpError {
+        QmpError::new(ErrorClass::DeviceNotFound, "Instance not found")
+    }
+
     pub(crate) fn missing(parameter: &str) -> QmpError {
         QmpError::generic(format_args!("Parameter '{parameter}' is missing"))
     }

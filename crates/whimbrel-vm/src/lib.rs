@@ -14,6 +14,7 @@ mod error;
 mod gate;
 mod kvm;
 mod layout;
+mod loading;
 mod machine;
 mod memory;
 mod native;

@@ -32,7 +32,19 @@ pub(crate) trait Machine: Send + Sync {
     /// Their state, while no vCPU runs.
     fn save(&self) -> Result<Vec<DeviceState>, VmError>;
 
-    /// Takes the state of [`devices`](Machine::devices), one each and in that order, of a guest
-    /// laid out so. All of it or, with an error, nothing.
-    fn load(&self, layout: &Arc<Layout>, devices: &[DeviceState]) -> Result<(), VmError>;
+    /// Begins to take the state of [`devices`](Machine::devices), while no vCPU runs.
+    fn begin_load(&self) -> Result<Box<dyn LoadMachine + '_>, VmError>;
+}
+
+/// The devices of an accelerator, being loaded: all of them or none.
+pub(crate) trait LoadMachine: Sync {
+    /// Takes the state of one of them, of a guest laid out so. Several threads call, for different
+    /// devices.
+    fn load(&self, layout: &Layout, device: &DeviceState) -> Result<(), VmError>;
+
+    /// Each has been loaded: this is the guest that runs next.
+    fn finish(self: Box<Self>, layout: &Arc<Layout>);
+
+    /// One of them, or another device of the VM, cannot be loaded: all is as it was.
+    fn undo(self: Box<Self>) -> Result<(), VmError>;
 }

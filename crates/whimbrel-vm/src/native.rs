@@ -1,6 +1,6 @@
 //! Native vCPUs: threads of this process that do to guest memory what the KVM guest's code does.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use whimbrel::{DeviceState, VmError};
 use whimbrel_ram::GuestRam;
@@ -12,7 +12,7 @@ use crate::dirty::Marks;
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::layout::{Layout, PICKS, RAM, cpu_page};
-use crate::machine::{Machine, VCPU};
+use crate::machine::{LoadMachine, Machine, VCPU};
 use crate::pace::{Gap, Pace};
 use crate::pattern::{Constants, Mismatch, MismatchKind, PAGE_BYTES, Page};
 use crate::serial::SerialPort;
@@ -226,30 +226,58 @@ impl Machine for NativeMachine {
         Ok((0..).zip(self.gaps.iter()).map(save).collect())
     }
 
-    fn load(&self, layout: &Arc<Layout>, devices: &[DeviceState]) -> Result<(), VmError> {
-        let known = [CHOICE, CURSOR, UPDATES, GAP, LAST, STARTED];
-        let read = |(id, device): (u32, &DeviceState)| {
-            let fields = Fields::read(device, &known)?;
-            let cursor = fields.u64(CURSOR)?;
-            if cursor >= layout.owned(id) {
-                let owned = layout.owned(id);
-                return Err(fields.error(&format!("cursor {cursor} is not below {owned}")));
-            }
-            let registers = Registers {
-                choice: fields.u64(CHOICE)?,
-                cursor,
-                updates: fields.u64(UPDATES)?,
-                started: fields.u64(STARTED)? != 0,
-            };
-            Ok((registers, (fields.u64(GAP)?, fields.u64(LAST)?)))
+    fn begin_load(&self) -> Result<Box<dyn LoadMachine + '_>, VmError> {
+        let states = self.cpus.iter().map(|_| OnceLock::new()).collect();
+        Ok(Box::new(Loading { machine: self, states }))
+    }
+}
+
+/// vCPUs whose state is coming.
+struct Loading<'m> {
+    machine: &'m NativeMachine,
+    states: Box<[OnceLock<CpuState>]>,
+}
+
+/// What has come of a vCPU.
+#[derive(Debug)]
+struct CpuState {
+    registers: Registers,
+    /// Longest gap between updates and time of the last.
+    gap: (u64, u64),
+}
+
+impl LoadMachine for Loading<'_> {
+    fn load(&self, layout: &Layout, device: &DeviceState) -> Result<(), VmError> {
+        let id = device.instance_id;
+        let fields = Fields::read(device, &[CHOICE, CURSOR, UPDATES, GAP, LAST, STARTED])?;
+        let cursor = fields.u64(CURSOR)?;
+        if cursor >= layout.owned(id) {
+            let owned = layout.owned(id);
+            return Err(VmError::new(format!("cursor {cursor} is not below {owned}")));
+        }
+        let registers = Registers {
+            choice: fields.u64(CHOICE)?,
+            cursor,
+            updates: fields.u64(UPDATES)?,
+            started: fields.u64(STARTED)? != 0,
         };
-        let states = (0..).zip(devices).map(read).collect::<Result<Vec<_>, VmError>>()?;
-        for (id, (registers, gap)) in (0..).zip(states) {
-            let mut cpu = self.cpu(id);
+        let state = CpuState { registers, gap: (fields.u64(GAP)?, fields.u64(LAST)?) };
+        assert!(self.states[id as usize].set(state).is_ok(), "each device comes once");
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, layout: &Arc<Layout>) {
+        let Loading { machine, states } = *self;
+        for (id, state) in (0..).zip(states) {
+            let CpuState { registers, gap } = state.into_inner().expect("each has been loaded");
+            let mut cpu = machine.cpu(id);
             cpu.registers = registers;
             cpu.layout = Arc::clone(layout);
-            self.gaps[id as usize].set(gap);
+            machine.gaps[id as usize].set(gap);
         }
-        Ok(())
+    }
+
+    fn undo(self: Box<Self>) -> Result<(), VmError> {
+        Ok(()) // Nothing was taken yet.
     }
 }

@@ -161,7 +161,7 @@ impl SerialPort {
             in_buffer: fields.bytes(INPUT)?.to_vec(),
         };
         Serial::from_state(&state, NoInterrupt, NoEvents, io::sink())
-            .map_err(|error| fields.error(&format!("input: {error}")))?;
+            .map_err(|error| VmError::new(format!("input: {error}")))?;
         Ok(state)
     }
 

@@ -49,7 +49,7 @@ pub(crate) fn parse(
     let found = fields.bytes(ACCEL)?;
     if found != accel.name().as_bytes() {
         let found = found.escape_ascii();
-        return Err(fields.error(&format!(
+        return Err(VmError::new(format!(
             "the guest runs on accelerator \"{found}\", this VM on \"{accel}\": start this one \
              with the same --accel"
         )));
@@ -57,25 +57,25 @@ pub(crate) fn parse(
     let (memory, vcpus) = (fields.u64(MEMORY)?, fields.u32(VCPUS)?);
     if vcpus != mine.vcpus {
         let here = mine.vcpus;
-        return Err(fields.error(&format!(
+        return Err(VmError::new(format!(
             "the guest has {vcpus} vCPUs, this VM {here}: start this one with --vcpus {vcpus}"
         )));
     }
     if memory != mine.memory {
         let (there, here) = (Size(memory), Size(mine.memory));
-        return Err(fields.error(&format!(
+        return Err(VmError::new(format!(
             "the guest has {there} of memory, this VM {here}: start this one with the same --memory"
         )));
     }
     let kind = fields.u64(KIND)?;
     let workload = Workload {
         kind: WorkloadKind::from_code(kind)
-            .ok_or_else(|| fields.error(&format!("unknown kind of workload {kind}")))?,
+            .ok_or_else(|| VmError::new(format!("unknown kind of workload {kind}")))?,
         seed: fields.u64(SEED)?,
         working_set: fields.u64(WORKING_SET)?,
         rate: fields.u64(RATE)?,
     };
     let layout =
-        Layout::new(memory, vcpus, workload).map_err(|error| fields.error(&error.to_string()))?;
+        Layout::new(memory, vcpus, workload).map_err(|error| VmError::new(error.to_string()))?;
     Ok(Software { layout })
 }

@@ -43,33 +43,32 @@ impl Writer {
     }
 }
 
-/// The fields of one device's state.
+/// The fields of one device's state. Errors leave it to others to name the device.
 #[derive(Debug)]
 pub(crate) struct Fields<'a> {
-    device: &'a DeviceState,
     fields: Vec<(Tag, &'a [u8])>,
 }
 
 impl<'a> Fields<'a> {
     /// Takes a device's state apart; it may hold the fields `known` and no others.
     pub(crate) fn read(device: &'a DeviceState, known: &[Tag]) -> Result<Fields<'a>, VmError> {
-        let mut read = Fields { device, fields: Vec::new() };
+        let mut read = Fields { fields: Vec::new() };
         if device.version_id != VERSION {
             let found = device.version_id;
-            return Err(read.error(&format!("version {VERSION} expected, found {found}")));
+            return Err(VmError::new(format!("version {VERSION} expected, found {found}")));
         }
         let mut rest = &device.bytes[..];
         while !rest.is_empty() {
             let at = device.bytes.len() - rest.len();
             let (tag, bytes);
             ((tag, bytes), rest) = split_field(rest)
-                .ok_or_else(|| read.error(&format!("the field at byte {at} is cut off")))?;
+                .ok_or_else(|| VmError::new(format!("the field at byte {at} is cut off")))?;
             let tag = known
                 .iter()
                 .find(|known| known.0 == tag)
-                .ok_or_else(|| read.error(&format!("unknown field {tag} at byte {at}")))?;
+                .ok_or_else(|| VmError::new(format!("unknown field {tag} at byte {at}")))?;
             if read.find(*tag).is_some() {
-                return Err(read.error(&format!("field {} is there twice", tag.1)));
+                return Err(VmError::new(format!("field {} is there twice", tag.1)));
             }
             read.fields.push((*tag, bytes));
         }
@@ -80,21 +79,15 @@ impl<'a> Fields<'a> {
         self.fields.iter().find(|(there, _)| *there == tag).map(|(_, bytes)| *bytes)
     }
 
-    /// An error about this device.
-    pub(crate) fn error(&self, what: &str) -> VmError {
-        let DeviceState { name, instance_id, .. } = self.device;
-        VmError::new(format!("device {name}/{instance_id}: {what}"))
-    }
-
     pub(crate) fn bytes(&self, tag: Tag) -> Result<&'a [u8], VmError> {
-        self.find(tag).ok_or_else(|| self.error(&format!("field {} is missing", tag.1)))
+        self.find(tag).ok_or_else(|| VmError::new(format!("field {} is missing", tag.1)))
     }
 
     pub(crate) fn array<const N: usize>(&self, tag: Tag) -> Result<[u8; N], VmError> {
         let bytes = self.bytes(tag)?;
         bytes.try_into().map_err(|_| {
             let found = bytes.len();
-            self.error(&format!("field {} has {found} bytes, expected {N}", tag.1))
+            VmError::new(format!("field {} has {found} bytes, expected {N}", tag.1))
         })
     }
 
@@ -105,7 +98,7 @@ impl<'a> Fields<'a> {
     pub(crate) fn u32(&self, tag: Tag) -> Result<u32, VmError> {
         let value = self.u64(tag)?;
         u32::try_from(value)
-            .map_err(|_| self.error(&format!("field {} has the value {value:#x}", tag.1)))
+            .map_err(|_| VmError::new(format!("field {} has the value {value:#x}", tag.1)))
     }
 }
 
@@ -143,26 +136,23 @@ mod tests {
         let fields = Fields::read(&device, &[A, B]).unwrap();
         assert_eq!(fields.u64(A).unwrap(), 7);
         assert_eq!(fields.bytes(B).unwrap(), b"xyz");
-        assert_eq!(
-            fields.u64(B).unwrap_err().to_string(),
-            "device thing/3: field b has 3 bytes, expected 8"
-        );
+        assert_eq!(fields.u64(B).unwrap_err().to_string(), "field b has 3 bytes, expected 8");
     }
 
     #[test]
     fn refuses_what_was_not() {
         let mut device = device();
-        assert_eq!(error(&device, &[A]), "device thing/3: unknown field 2 at byte 14");
+        assert_eq!(error(&device, &[A]), "unknown field 2 at byte 14");
         device.bytes.extend(device.bytes.clone());
-        assert_eq!(error(&device, &[A, B]), "device thing/3: field a is there twice");
+        assert_eq!(error(&device, &[A, B]), "field a is there twice");
         for len in (1..14).rev() {
             device.bytes.truncate(len);
             assert!(error(&device, &[A, B]).ends_with("the field at byte 0 is cut off"));
         }
         device.bytes.clear();
         let fields = Fields::read(&device, &[A]).unwrap();
-        assert_eq!(fields.u64(A).unwrap_err().to_string(), "device thing/3: field a is missing");
+        assert_eq!(fields.u64(A).unwrap_err().to_string(), "field a is missing");
         device.version_id = 2;
-        assert_eq!(error(&device, &[A]), "device thing/3: version 1 expected, found 2");
+        assert_eq!(error(&device, &[A]), "version 1 expected, found 2");
     }
 }

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use whimbrel::{DeviceState, Vm, VmError};
+use whimbrel::{DeviceState, Loaders, Vm, VmError};
 use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
 
@@ -17,10 +17,10 @@ use crate::layout::{Layout, WritablePages};
 use crate::machine::Machine;
 use crate::pace::{Gap, Progress};
 use crate::serial::{self, SerialPort};
-use crate::software::{self, Software};
+use crate::software;
 use crate::vcpus::Vcpus;
 use crate::workload::Workload;
-use crate::{accelerator, memory};
+use crate::{accelerator, loading, memory};
 
 /// The machine type: source and destination must agree on it.
 pub const MACHINE: &str = "whimbrel-vm-1";
@@ -30,6 +30,8 @@ pub const MACHINE: &str = "whimbrel-vm-1";
 enum Phase {
     /// Waits for memory and state.
     Incoming,
+    /// Its state is being loaded.
+    Loading,
     /// Has a guest, stopped.
     Stopped,
     /// Has a guest that runs.
@@ -43,8 +45,8 @@ pub struct ReferenceVm {
     uuid: Option<[u8; 16]>,
     ram: GuestRam,
     vcpus: Vcpus,
-    machine: Arc<dyn Machine>,
-    serial: Arc<SerialPort>,
+    pub(crate) machine: Arc<dyn Machine>,
+    pub(crate) serial: Arc<SerialPort>,
     dirty: Arc<dyn DirtyLog>,
     dirty_name: &'static str,
     gaps: Arc<[Gap]>,
@@ -145,7 +147,7 @@ impl ReferenceVm {
     /// waits for its guest, nothing. It is in the guest's memory: who asks while pages of that are
     /// missing waits for them, and may ask for the [`progress`](ReferenceVm::progress) instead.
     pub fn guest_counters(&self) -> SelfCheck {
-        if *lock(&self.phase) == Phase::Incoming {
+        if [Phase::Incoming, Phase::Loading].contains(&*lock(&self.phase)) {
             return SelfCheck::default();
         }
         self.with_gap(check::guest_counters(&self.ram, &self.layout()))
@@ -171,17 +173,43 @@ impl ReferenceVm {
         SelfCheck { gap_max, ..found }
     }
 
+    /// From here on nobody runs it or saves it, until its devices are loaded. Gives where it was.
+    fn begin_load(&self) -> Result<Phase, VmError> {
+        let _changing = lock(&self.changing);
+        let mut phase = lock(&self.phase);
+        match *phase {
+            Phase::Incoming | Phase::Stopped => Ok(std::mem::replace(&mut *phase, Phase::Loading)),
+            Phase::Loading => Err(VmError::new("another state is being loaded")),
+            Phase::Running => {
+                Err(VmError::new("the guest has to be stopped before a state is loaded"))
+            }
+        }
+    }
+
+    /// Loads the devices of a machine that is `Loading`. No lock is held meanwhile: they may wait
+    /// for pages of RAM that are still to come.
+    fn load_devices(&self, loaders: Loaders, devices: Vec<DeviceState>) -> Result<(), VmError> {
+        let loaded = loading::load(self, loaders, devices)?;
+        let _changing = lock(&self.changing);
+        let mut phase = lock(&self.phase);
+        // Nothing below can fail.
+        self.runs.fetch_add(1, Ordering::SeqCst);
+        *lock(&self.layout) = loaded.install();
+        *phase = Phase::Stopped;
+        Ok(())
+    }
+
     /// How often the guest was let run, or replaced.
     fn runs(&self) -> u64 {
         self.runs.load(Ordering::SeqCst)
     }
 
-    fn layout(&self) -> Arc<Layout> {
+    pub(crate) fn layout(&self) -> Arc<Layout> {
         Arc::clone(&lock(&self.layout))
     }
 
     /// Every device there is, in the order of its state.
-    fn devices(&self) -> Vec<(&'static str, u32)> {
+    pub(crate) fn devices(&self) -> Vec<(&'static str, u32)> {
         let mut devices = vec![(software::DEVICE, 0)];
         devices.extend(self.machine.devices());
         devices.push((serial::DEVICE, 0));
@@ -230,7 +258,7 @@ impl Vm for ReferenceVm {
     fn resume(&self) -> Result<(), VmError> {
         let _changing = lock(&self.changing);
         let mut phase = lock(&self.phase);
-        if *phase == Phase::Incoming {
+        if [Phase::Incoming, Phase::Loading].contains(&*phase) {
             return Err(VmError::new("there is no guest yet: its state has not been loaded"));
         }
         if let Some(failure) = self.vcpus.gate().failure() {
@@ -257,35 +285,18 @@ impl Vm for ReferenceVm {
     }
 
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError> {
-        let _changing = lock(&self.changing);
-        if self.running() {
-            return Err(VmError::new("the guest has to be stopped before a state is loaded"));
-        }
-        // The workload first: what else does not fit follows from what it says.
-        let software = find(&devices, (software::DEVICE, 0))?;
-        let Software { layout } = software::parse(software, &self.layout(), self.accel())?;
-        let known = self.devices();
-        for device in &devices {
-            let key = (&device.name[..], device.instance_id);
-            if !known.contains(&key) {
-                let (name, id) = key;
-                return Err(VmError::new(format!("device {name}/{id}: this VM has none such")));
+        self.load_with(Loaders::one(), devices)
+    }
+
+    fn load_with(&self, loaders: Loaders, devices: Vec<DeviceState>) -> Result<(), VmError> {
+        let before = self.begin_load()?;
+        match self.load_devices(loaders, devices) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                *lock(&self.phase) = before;
+                Err(error)
             }
         }
-        let found = known.iter().map(|key| find(&devices, *key));
-        let found = found.collect::<Result<Vec<_>, VmError>>()?;
-        let serial = SerialPort::parse(found[found.len() - 1])?;
-        let machine: Vec<DeviceState> =
-            found[1..found.len() - 1].iter().map(|&device| device.clone()).collect();
-        let layout = Arc::new(layout);
-        self.machine.load(&layout, &machine)?;
-        // Nothing below can fail.
-        let mut phase = lock(&self.phase);
-        self.runs.fetch_add(1, Ordering::SeqCst);
-        self.serial.set(&serial);
-        *lock(&self.layout) = layout;
-        *phase = Phase::Stopped;
-        Ok(())
     }
 
     fn vcpu_threads(&self) -> Vec<u32> {
@@ -294,21 +305,6 @@ impl Vm for ReferenceVm {
 
     fn throttle(&self, percent: u8) {
         self.vcpus.gate().set_throttle(percent);
-    }
-}
-
-/// The one state of that device.
-fn find<'a>(
-    devices: &'a [DeviceState],
-    (name, id): (&str, u32),
-) -> Result<&'a DeviceState, VmError> {
-    let mut all = devices.iter().filter(|device| device.name == name && device.instance_id == id);
-    let one = all.next();
-    let one =
-        one.ok_or_else(|| VmError::new(format!("device {name}/{id}: its state is missing")))?;
-    match all.next() {
-        None => Ok(one),
-        Some(_) => Err(VmError::new(format!("device {name}/{id}: its state is there twice"))),
     }
 }
 

@@ -364,7 +364,7 @@ fn bad_state_is_refused_and_nothing_taken() {
             at += 6 + bytes.len();
         }
     });
-    assert!(error.starts_with("vcpu-0: KVM_SET_SREGS"), "{error}");
+    assert!(error.starts_with("device vcpu/0: KVM_SET_SREGS"), "{error}");
     let native = destination(&Config { accel: AccelChoice::Native, ..config.clone() });
     let error = native.load(good.clone()).unwrap_err().to_string();
     assert!(error.contains("runs on accelerator \"kvm\", this VM on \"native\""), "{error}");

@@ -30,6 +30,7 @@ mod guest;
 mod hello;
 pub mod kept;
 mod latency;
+mod loaders;
 mod migrator;
 mod packing;
 mod plan;
@@ -42,6 +43,7 @@ mod worker;
 
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
 pub use error::Error;
+pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
 pub use packing::UnpackError;
 pub use settings::{

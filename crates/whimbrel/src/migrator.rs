@@ -223,6 +223,7 @@ impl Migrator {
         let (postcopy, links) = (new_cancel()?, new_links()?);
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
+        let listener = listener.joined(&links);
         let job = live::Job {
             guest: self.guest.clone(),
             capabilities: inner.capabilities,
@@ -319,6 +320,27 @@ impl Migrator {
             _ => Err(Error::Refused(
                 "migrate-pause is currently only supported during postcopy-active state".into(),
             )),
+        }
+    }
+
+    /// `yank`: shuts down every connection of the migration under way, at once. What waits on one of
+    /// them fails, as it does when the peer or the network breaks it: before the guest has changed
+    /// hands the migration fails, and the guest stays at the source; in postcopy it pauses.
+    ///
+    /// For what hangs: [`cancel`](Migrator::cancel) and [`pause`](Migrator::pause) do the same in
+    /// good order.
+    pub fn yank(&self) -> Result<(), Error> {
+        let links = {
+            let inner = self.lock();
+            let run = inner.run.as_ref().filter(|run| run.report.status().is_running());
+            run.map(|run| run.links.clone())
+        };
+        match links {
+            Some(links) => {
+                links.shut_down();
+                Ok(())
+            }
+            None => Err(Error::Refused("no migration is under way: nothing to be yanked".into())),
         }
     }
 

@@ -6,6 +6,8 @@ use std::fmt;
 use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
 
+use crate::loaders::Loaders;
+
 /// A virtual machine that can be moved.
 ///
 /// The engine calls from its own threads and never holds a lock of its own across a call. What
@@ -42,8 +44,38 @@ pub trait Vm: Send + Sync {
     fn save(&self) -> Result<Vec<DeviceState>, VmError>;
 
     /// Takes the state of every device, in the order in which it was saved. Called once, before
-    /// the guest first runs, after all of its RAM has arrived.
+    /// the guest first runs. All of its state has arrived then, and no lock of the engine's is held;
+    /// in postcopy some of its RAM has not, and who touches that waits for it.
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError>;
+
+    /// The same with threads that load several devices at a time, and what is called; a VMM whose
+    /// devices need not all be loaded one after the other says so here, with a [`LoadRule`] for each:
+    ///
+    /// ```
+    /// # use whimbrel::{DeviceState, LoadRule, Loaders, VmError};
+    /// # struct Vmm;
+    /// # impl Vmm {
+    /// #     fn load_device(&self, device: DeviceState) -> Result<(), VmError> { Ok(()) }
+    /// # fn
+    /// load_with(&self, loaders: Loaders, devices: Vec<DeviceState>) -> Result<(), VmError> {
+    ///     let rule = |device: &DeviceState| match device.name.as_str() {
+    ///         "vcpu" | "virtio-net" | "virtio-blk" => LoadRule::beside_others(),
+    ///         // Reads what the vCPUs' local APICs hold.
+    ///         "ioapic" => LoadRule::beside_others().after("vcpu"),
+    ///         // Everything else one by one, and nothing beside it.
+    ///         _ => LoadRule::alone(),
+    ///     };
+    ///     loaders.load(devices, rule, |device| self.load_device(device))
+    /// }
+    /// # }
+    /// ```
+    ///
+    /// The VMM's own lock is the VMM's to take: by the devices whose loading needs it, for as long as
+    /// that takes, and not for the others.
+    fn load_with(&self, loaders: Loaders, devices: Vec<DeviceState>) -> Result<(), VmError> {
+        let _ = loaders;
+        self.load(devices)
+    }
 
     /// The kernel's numbers of the threads that run vCPUs, in their order (`gettid`), as far as it
     /// is known: who waits for a page is told by them. Asked when the guest is about to run.
@@ -79,6 +111,20 @@ impl VmError {
     pub fn new(error: impl Into<Box<dyn Error + Send + Sync>>) -> VmError {
         VmError(error.into())
     }
+
+    /// The same, of a device.
+    pub(crate) fn of_device(name: &str, instance_id: u32, source: VmError) -> VmError {
+        VmError::new(DeviceError { name: name.to_owned(), instance_id, source })
+    }
+}
+
+/// What is wrong with a device.
+#[derive(Debug, thiserror::Error)]
+#[error("device {name}/{instance_id}: {source}")]
+struct DeviceError {
+    name: String,
+    instance_id: u32,
+    source: VmError,
 }
 
 impl fmt::Display for VmError {

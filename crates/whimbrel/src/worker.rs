@@ -1,10 +1,11 @@
 //! Threads with a name, an owner that joins them, and a way to be woken.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle, Scope, ScopedJoinHandle};
 use std::time::Duration;
 
@@ -31,10 +32,16 @@ pub(crate) enum Role {
     DestinationUrgent,
     /// Loads the devices, and runs the guest.
     DestinationLoad,
+    /// Loads devices beside the thread that began to.
+    DestinationLoader(u8),
     /// Makes huge pages of small ones that have all arrived.
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
     DestinationTouch,
+    /// Writes RAM into the file of a guest that is only kept.
+    DestinationWrite,
+    /// Reads the file of a kept guest ahead of what is sent.
+    SourceRead,
 }
 
 impl Role {
@@ -50,8 +57,11 @@ impl Role {
             Role::DestinationFault => "dest/fault",
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
+            Role::DestinationLoader(number) => return format!("dest/load-{number}").into(),
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
+            Role::DestinationWrite => "dest/write",
+            Role::SourceRead => "source/read",
         })
     }
 }
@@ -126,6 +136,18 @@ impl Cancel {
         self.poll([PollFd::from_borrowed_fd(fd, what)], timeout)
     }
 
+    /// The same, also until `beside` is set: then the descriptor counts as ready.
+    pub(crate) fn wait_or<'f>(
+        &'f self,
+        beside: &'f Cancel,
+        fd: BorrowedFd<'f>,
+        what: PollFlags,
+        timeout: Option<Duration>,
+    ) -> io::Result<Woken> {
+        let beside = PollFd::from_borrowed_fd(beside.shared.wake.as_fd(), PollFlags::IN);
+        self.poll([beside, PollFd::from_borrowed_fd(fd, what)], timeout)
+    }
+
     /// Waits until one of `fds` can be read, for `timeout` at most.
     pub(crate) fn wait_any(&self, fds: &[BorrowedFd<'_>], timeout: Duration) -> io::Result<Woken> {
         let fds = fds.iter().map(|&fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
@@ -161,6 +183,12 @@ impl Cancel {
     }
 }
 
+/// What a migration's peer is at the other end of, or will be.
+pub(crate) trait Shut: fmt::Debug + Send + Sync {
+    /// Ends every wait on it, at once, and has every later one fail.
+    fn shut_down(&self);
+}
+
 /// Wakes one thread, again and again.
 #[derive(Debug)]
 pub(crate) struct Bell(OwnedFd);
@@ -188,16 +216,36 @@ impl Bell {
 }
 
 /// The connections of a migration as one thing that can be broken: on request (`migrate-pause`),
-/// by the first thread that meets an error, or at the end of it all.
+/// by the first thread that meets an error, or at the end of it all. And as sockets that can be shut
+/// down under whoever waits on them (`yank`), which is as if the peer or the network had done it.
 #[derive(Clone, Debug)]
 pub(crate) struct Links {
     current: Arc<Mutex<Cancel>>,
     ended: Cancel,
+    ends: Arc<Mutex<Vec<Weak<dyn Shut>>>>,
 }
 
 impl Links {
     pub(crate) fn new() -> io::Result<Links> {
-        Ok(Links { current: Arc::new(Mutex::new(Cancel::new()?)), ended: Cancel::new()? })
+        let current = Arc::new(Mutex::new(Cancel::new()?));
+        Ok(Links { current, ended: Cancel::new()?, ends: Arc::default() })
+    }
+
+    /// From now on, for as long as it is there, `end` is one of those to be shut down.
+    pub(crate) fn join(&self, end: Weak<dyn Shut>) {
+        let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+        ends.retain(|other| other.strong_count() > 0);
+        ends.push(end);
+    }
+
+    /// Shuts down every connection there is.
+    pub(crate) fn shut_down(&self) {
+        let ends: Vec<Arc<dyn Shut>> = {
+            let ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
+            ends.iter().filter_map(Weak::upgrade).collect()
+        };
+        // Without the lock: the kernel may have to wait for one that is just being used.
+        ends.iter().for_each(|end| end.shut_down());
     }
 
     /// What ends the waits on the connections there are now.
@@ -296,8 +344,11 @@ mod tests {
             Role::DestinationFault,
             Role::DestinationUrgent,
             Role::DestinationLoad,
+            Role::DestinationLoader(255),
             Role::DestinationRestore,
             Role::DestinationTouch,
+            Role::DestinationWrite,
+            Role::SourceRead,
         ] {
             assert!(role.name().len() <= 15);
         }

@@ -65,6 +65,12 @@ impl Peer {
         !matches!(self, Self::V7_2)
     }
 
+    /// Whether it can be told who looks for pages of zeros (QEMU 9.0 and later).
+    #[must_use]
+    pub const fn knows_zero_page_detection(self) -> bool {
+        !matches!(self, Self::V7_2)
+    }
+
     /// The command that starts it, without arguments.
     ///
     /// # Errors

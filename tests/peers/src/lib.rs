@@ -4,7 +4,7 @@
 //! ([`install`]), running them ([`qemu`], driven over [`qmp`]), and guests that check themselves
 //! and say so on their serial port ([`guest`], read through [`console`]), their memory from outside
 //! ([`memory`]), and the ways of a guest
-//! from one QEMU through whimbrel into another ([`journey`]). The tests are under
+//! from one QEMU through whimbrel into another ([`journey`], and on several channels [`multifd`]). The tests are under
 //! `tests/`; they are `#[ignore]`d because they need the QEMUs, and `cargo xtask peers` fetches
 //! those and runs them.
 
@@ -16,6 +16,7 @@ pub mod guest;
 pub mod install;
 pub mod journey;
 pub mod memory;
+pub mod multifd;
 pub mod qemu;
 pub mod qmp;
 pub mod wait;

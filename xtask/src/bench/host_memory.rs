@@ -1,6 +1,6 @@
 //! Memory that this machine, a guest itself, has not got from its host yet.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use whimbrel_ram::{PageSize, RamBlock, Sharing};
 
 /// Touches so much memory and frees it at once. Where this machine is a guest itself, memory that
@@ -13,6 +13,19 @@ pub(crate) fn take(bytes: u64) -> Result<()> {
     folios.populate(0, half)?;
     std::hint::black_box(vec![1_u8; usize::try_from(half).unwrap_or(usize::MAX)]);
     Ok(())
+}
+
+/// The same with as much of it as this machine can spare.
+pub(crate) fn take_what_there_is(bytes: u64) -> Result<()> {
+    take(bytes.min(available()? / 10 * 8))
+}
+
+fn available() -> Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix("kB"));
+    let kib: u64 = kib.context("/proc/meminfo: no MemAvailable in kB")?.trim().parse()?;
+    Ok(kib << 10)
 }
 
 /// The same with huge pages that the kernel keeps for those who ask.

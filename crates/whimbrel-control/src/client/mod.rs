@@ -174,6 +174,11 @@ impl Client {
         self.execute("migrate-pause", json!({})).map(drop)
     }
 
+    /// `yank`: shuts the connections of the migration under way down, whoever waits on them.
+    pub fn yank_migration(&mut self) -> Result<(), ClientError> {
+        self.execute("yank", json!({ "instances": [{ "type": "migration" }] })).map(drop)
+    }
+
     /// Switches a capability that whimbrel has too.
     pub fn set_capability(&mut self, capability: Capability, on: bool) -> Result<(), ClientError> {
         self.set_capability_named(capability.name(), on)

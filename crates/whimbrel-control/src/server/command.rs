@@ -8,13 +8,14 @@ use whimbrel::{Capability, MigrationStatus, RunState};
 use super::address::Place;
 use super::arguments::Arguments;
 use super::parameters;
+use super::yank;
 use crate::{Backend, QmpError};
 
 type Outcome = Result<Value, QmpError>;
 type Run = fn(Arguments, &dyn Backend) -> Outcome;
 
 /// Every command but the two that a session answers itself.
-const COMMANDS: [(&str, Run); 18] = [
+const COMMANDS: [(&str, Run); 20] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
@@ -32,7 +33,9 @@ const COMMANDS: [(&str, Run); 18] = [
     ("query-name", query_name),
     ("query-status", query_status),
     ("query-version", query_version),
+    ("query-yank", yank::query),
     ("stop", stop),
+    ("yank", yank::yank),
 ];
 
 /// Commands a session answers itself.

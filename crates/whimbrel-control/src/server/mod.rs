@@ -8,6 +8,7 @@ mod event;
 mod outbox;
 mod parameters;
 mod session;
+mod yank;
 
 use std::fmt;
 use std::io::{self, ErrorKind, Write};

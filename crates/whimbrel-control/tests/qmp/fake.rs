@@ -149,6 +149,10 @@ impl Backend for Fake {
         self.call("migrate-pause".into())
     }
 
+    fn yank(&self) -> Result<(), QmpError> {
+        self.call("yank".into())
+    }
+
     fn migration_info(&self) -> MigrationInfo {
         self.settings.lock().unwrap().info.clone()
     }

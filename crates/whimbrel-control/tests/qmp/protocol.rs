@@ -221,6 +221,26 @@ fn query_migrate_is_empty_before_and_full_during_a_migration() {
 }
 
 #[test]
+fn a_migration_can_be_yanked_while_there_is_one() {
+    let served = Served::new();
+    let mut raw = Raw::negotiated(&served.path());
+    let yank = r#"{"execute":"yank","arguments":{"instances":[{"type":"migration"}]}}"#;
+    assert_eq!(raw.ask(r#"{"execute":"query-yank"}"#), r#"{"return":[]}"#);
+    assert_eq!(raw.refused(yank), ("DeviceNotFound".into(), "Instance not found".into()));
+    raw.ask(r#"{"execute":"migrate","arguments":{"uri":"tcp:h:1"}}"#);
+    assert_eq!(raw.ask(r#"{"execute":"query-yank"}"#), r#"{"return":[{"type":"migration"}]}"#);
+    raw.refused(
+        r#"{"execute":"yank","arguments":{"instances":[{"type":"migration"},{"type":"chardev","id":"c"}]}}"#,
+    );
+    assert_eq!(raw.ask(r#"{"execute":"yank","arguments":{"instances":[]}}"#), r#"{"return":{}}"#);
+    assert_eq!(served.fake.calls(), ["migrate tcp:h:1"], "nothing has been yanked so far");
+    assert_eq!(raw.ask(yank), r#"{"return":{}}"#);
+    assert_eq!(served.fake.calls(), ["migrate tcp:h:1", "yank"]);
+    served.fake.settings.lock().unwrap().info.status = Some(MigrationStatus::Failed);
+    raw.refused(yank);
+}
+
+#[test]
 fn a_report_on_postcopy_arrives_whole_at_the_client() {
     let served = Served::new();
     let latency = Latency { mean: 96.5, p50: 80.0, p90: 150.25, p99: 900.0, max: 1200.0 };

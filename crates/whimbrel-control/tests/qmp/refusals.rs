@@ -8,7 +8,7 @@ use crate::qemu::Qemu;
 use crate::raw::Raw;
 
 /// Requests after the negotiation, and how QEMU 10.0 refuses them.
-pub(crate) const REFUSALS: [(&str, &str, &str); 51] = [
+pub(crate) const REFUSALS: [(&str, &str, &str); 58] = [
     (r#"{"execute":"nope"}"#, "CommandNotFound", "The command nope has not been found"),
     (
         r#"{"execute":"qmp_capabilities"}"#,
@@ -36,6 +36,37 @@ pub(crate) const REFUSALS: [(&str, &str, &str); 51] = [
     (r#"[1,2]"#, "GenericError", "QMP input must be a JSON object"),
     (r#""abc""#, "GenericError", "QMP input must be a JSON object"),
     (r#"12"#, "GenericError", "QMP input must be a JSON object"),
+    (r#"{"execute":"yank"}"#, "GenericError", "Parameter 'instances' is missing"),
+    (
+        r#"{"execute":"yank","arguments":{"instances":{"type":"migration"}}}"#,
+        "GenericError",
+        "Invalid parameter type for 'instances', expected: array",
+    ),
+    (
+        r#"{"execute":"yank","arguments":{"instances":[{}]}}"#,
+        "GenericError",
+        "Parameter 'instances[0].type' is missing",
+    ),
+    (
+        r#"{"execute":"yank","arguments":{"instances":[{"type":"bogus"}]}}"#,
+        "GenericError",
+        "Parameter 'type' does not accept value 'bogus'",
+    ),
+    (
+        r#"{"execute":"yank","arguments":{"instances":[{"type":"migration","id":"x"}]}}"#,
+        "GenericError",
+        "Parameter 'instances[0].id' is unexpected",
+    ),
+    (
+        r#"{"execute":"yank","arguments":{"instances":[{"type":"chardev","id":"x"}]}}"#,
+        "DeviceNotFound",
+        "Instance not found",
+    ),
+    (
+        r#"{"execute":"yank","arguments":{"instances":[{"type":"migration"}]}}"#,
+        "DeviceNotFound",
+        "Instance not found",
+    ),
     (r#"{"execute":"migrate"}"#, "GenericError", "need either 'uri' or 'channels' argument"),
     (
         r#"{"execute":"migrate","arguments":{"channels":[]}}"#,

@@ -24,7 +24,7 @@ use crate::config::{Accel, DirtyKind};
 use crate::error::Error;
 use crate::gate::Gate;
 use crate::layout::Layout;
-use crate::machine::{Machine, VCPU};
+use crate::machine::{LoadMachine, Machine, VCPU};
 use crate::pace::{Gap, Pace};
 use crate::serial::{self, SerialPort};
 use crate::state::{Fields, Tag, Writer};
@@ -35,7 +35,8 @@ use kick::Kick;
 use msrs::KvmMsrs;
 use state::{Abilities, CpuState};
 
-const CLOCK: &str = "clock";
+/// The device of KVM's clock.
+pub(crate) const CLOCK: &str = "clock";
 const CLOCK_DATA: Tag = Tag(1, "clock-data");
 
 /// Three pages below 4 GiB that KVM on Intel needs for itself.
@@ -193,13 +194,9 @@ impl KvmMachine {
         (0..).zip(self.gaps.iter()).map(get).collect()
     }
 
-    fn set_states(&self, states: &[CpuState]) -> Result<(), VmError> {
-        for ((id, state), gap) in (0..).zip(states).zip(self.gaps.iter()) {
-            state
-                .set(&self.cpu(id).fd, &self.abilities)
-                .map_err(|error| VmError::new(format!("vcpu-{id}: {error}")))?;
-            gap.set(state.gap);
-        }
+    fn set_state(&self, id: u32, state: &CpuState) -> Result<(), VmError> {
+        state.set(&self.cpu(id).fd, &self.abilities)?;
+        self.gaps[id as usize].set(state.gap);
         Ok(())
     }
 
@@ -297,30 +294,44 @@ impl Machine for KvmMachine {
         Ok(devices)
     }
 
-    fn load(&self, layout: &Arc<Layout>, devices: &[DeviceState]) -> Result<(), VmError> {
-        let (clock, cpus) = devices.split_last().expect("as many as `devices`");
-        let fields = Fields::read(clock, &[CLOCK_DATA])?;
-        let clock = kvm_clock_data::read_from_bytes(fields.bytes(CLOCK_DATA)?)
-            .map_err(|_| fields.error("field clock-data has the wrong length"))?;
-        let parse = |(id, device): (u32, &DeviceState)| {
-            let here = self.cpu(id).fd.get_tsc_khz();
-            let here = here.map_err(|error| VmError::new(format!("KVM_GET_TSC_KHZ: {error}")))?;
-            CpuState::parse(device, &self.abilities, here)
-        };
-        let states = (0..).zip(cpus).map(parse).collect::<Result<Vec<_>, VmError>>()?;
+    fn begin_load(&self) -> Result<Box<dyn LoadMachine + '_>, VmError> {
+        Ok(Box::new(Loading { machine: self, before: self.states()?, clock: self.clock()? }))
+    }
+}
 
-        let (before, clock_before) = (self.states()?, self.clock()?);
-        if let Err(error) = self.set_states(&states).and_then(|()| self.set_clock(clock)) {
-            // What the kernel refuses, it refused of what came: what was there it takes again.
-            self.set_states(&before)
-                .and_then(|()| self.set_clock(clock_before))
-                .map_err(|again| VmError::new(format!("{error}; and then, going back: {again}")))?;
-            return Err(error);
+/// vCPUs whose state is coming, and what they were before.
+struct Loading<'m> {
+    machine: &'m KvmMachine,
+    before: Vec<CpuState>,
+    clock: kvm_clock_data,
+}
+
+impl LoadMachine for Loading<'_> {
+    fn load(&self, _: &Layout, device: &DeviceState) -> Result<(), VmError> {
+        let (machine, id) = (self.machine, device.instance_id);
+        if device.name == CLOCK {
+            let fields = Fields::read(device, &[CLOCK_DATA])?;
+            let clock = kvm_clock_data::read_from_bytes(fields.bytes(CLOCK_DATA)?)
+                .map_err(|_| VmError::new("field clock-data has the wrong length"))?;
+            return machine.set_clock(clock);
         }
+        let here = machine.cpu(id).fd.get_tsc_khz();
+        let here = here.map_err(|error| VmError::new(format!("KVM_GET_TSC_KHZ: {error}")))?;
+        machine.set_state(id, &CpuState::parse(device, &machine.abilities, here)?)
+    }
+
+    fn finish(self: Box<Self>, layout: &Arc<Layout>) {
         for id in 0..layout.vcpus {
-            self.cpu(id).layout = Arc::clone(layout);
+            self.machine.cpu(id).layout = Arc::clone(layout);
         }
-        Ok(())
+    }
+
+    fn undo(self: Box<Self>) -> Result<(), VmError> {
+        // What the kernel refuses, it refuses of what came: what was there it takes again.
+        for (id, state) in (0..).zip(&self.before) {
+            self.machine.set_state(id, state)?;
+        }
+        self.machine.set_clock(self.clock)
     }
 }
 

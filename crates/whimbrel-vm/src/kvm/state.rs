@@ -178,19 +178,19 @@ impl CpuState {
         if xsave.len() != can.xsave_words {
             let (there, here) = (xsave.len() * 4, can.xsave_words * 4);
             let what = format!("its XSAVE area has {there} bytes, this host's {here}");
-            return Err(fields.error(&what));
+            return Err(VmError::new(what));
         }
         let tsc_khz = fields.u32(TSC_KHZ)?;
         let apart = u64::from(tsc_khz.abs_diff(here));
         if !can.tsc_control && apart * 1_000_000 > u64::from(here) * TSC_TOLERANCE_PPM {
-            return Err(fields.error(&format!(
+            return Err(VmError::new(format!(
                 "its TSC runs at {tsc_khz} kHz, this host's at {here}, and this KVM cannot scale it"
             )));
         }
         let msrs: Vec<kvm_msr_entry> = entries(&fields, MSRS, MSRS_MAX)?;
         if let Some(unknown) = msrs.iter().find(|msr| !can.msrs.knows(msr.index)) {
             let what = format!("MSR {:#x} is not known to this host's KVM", unknown.index);
-            return Err(fields.error(&what));
+            return Err(VmError::new(what));
         }
         Ok(CpuState {
             regs: structure(&fields, REGS)?,
@@ -215,12 +215,12 @@ fn new_xsave(can: &Abilities) -> Result<Xsave, Errno> {
 
 fn structure<T: FromBytes>(fields: &Fields<'_>, tag: Tag) -> Result<T, VmError> {
     let bytes = fields.bytes(tag)?;
-    T::read_from_bytes(bytes).map_err(|_| wrong_length::<T>(fields, tag, bytes.len()))
+    T::read_from_bytes(bytes).map_err(|_| wrong_length::<T>(tag, bytes.len()))
 }
 
-fn wrong_length<T>(fields: &Fields<'_>, tag: Tag, found: usize) -> VmError {
+fn wrong_length<T>(tag: Tag, found: usize) -> VmError {
     let expected = size_of::<T>();
-    fields.error(&format!("field {} has {found} bytes, expected {expected}", tag.1))
+    VmError::new(format!("field {} has {found} bytes, expected {expected}", tag.1))
 }
 
 fn entries<T>(fields: &Fields<'_>, tag: Tag, most: usize) -> Result<Vec<T>, VmError>
@@ -232,8 +232,8 @@ where
     if !bytes.len().is_multiple_of(each) || bytes.len() / each > most {
         let found = bytes.len();
         let what = format!("has {found} bytes, expected at most {most} entries of {each} bytes");
-        return Err(fields.error(&format!("field {} {what}", tag.1)));
+        return Err(VmError::new(format!("field {} {what}", tag.1)));
     }
-    let read = |entry| T::read_from_bytes(entry).map_err(|_| wrong_length::<T>(fields, tag, each));
+    let read = |entry| T::read_from_bytes(entry).map_err(|_| wrong_length::<T>(tag, each));
     bytes.chunks_exact(each).map(read).collect()
 }

@@ -4,23 +4,26 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Arc, Weak};
 
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
+use super::end::End;
 use super::{Channel, Kind, exec, fd, file, hint};
 use crate::address::Address;
 use crate::error::Error;
-use crate::worker::{Cancel, Woken};
+use crate::worker::{Cancel, Links, Woken};
 
-/// Connects to (or creates) what `address` names, for writing: the channel `name`.
+/// Connects to (or creates) what `address` names, for writing: the channel `name`, one of `links`.
 pub(crate) fn connect(
     name: &'static str,
     address: &Address,
     cancel: &Cancel,
+    links: &Links,
 ) -> Result<Channel, Error> {
     let (fd, kind) = match address {
-        Address::Tcp { host, port } => tcp(host, *port, cancel).map(|fd| (fd, Kind::Socket)),
+        Address::Tcp { host, port } => tcp(host, *port, cancel, links).map(|fd| (fd, Kind::Socket)),
         Address::Unix(path) => unix(path).map(|fd| (fd, Kind::Socket)),
         Address::Fd(number) => fd::take(*number),
         Address::Exec(words) => {
@@ -31,7 +34,9 @@ pub(crate) fn connect(
         }
     }
     .map_err(|source| open_error(address, source, cancel))?;
-    Channel::new(name, fd, kind, cancel).map_err(|source| open_error(address, source, cancel))
+    Channel::new(name, fd, kind, cancel)
+        .map(|channel| channel.joined(links))
+        .map_err(|source| open_error(address, source, cancel))
 }
 
 pub(super) fn open_error(address: &Address, source: io::Error, cancel: &Cancel) -> Error {
@@ -42,11 +47,11 @@ pub(super) fn open_error(address: &Address, source: io::Error, cancel: &Cancel) 
     Error::Open { address: address.clone(), source, hint }
 }
 
-fn tcp(host: &str, port: u16, cancel: &Cancel) -> io::Result<OwnedFd> {
+fn tcp(host: &str, port: u16, cancel: &Cancel, links: &Links) -> io::Result<OwnedFd> {
     let host = if host.is_empty() { "localhost" } else { host };
     let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
     for address in (host, port).to_socket_addrs()? {
-        match tcp_to(&address, cancel) {
+        match tcp_to(&address, cancel, links) {
             Ok(fd) => return Ok(fd),
             Err(error) => last = error,
         }
@@ -54,10 +59,15 @@ fn tcp(host: &str, port: u16, cancel: &Cancel) -> io::Result<OwnedFd> {
     Err(last)
 }
 
-fn tcp_to(address: &SocketAddr, cancel: &Cancel) -> io::Result<OwnedFd> {
+fn tcp_to(address: &SocketAddr, cancel: &Cancel, links: &Links) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = nonblocking_socket(family)?;
-    finish_connect(rustix::net::connect(&socket, address), &socket, cancel)?;
+    // Nobody may answer there: this wait, too, can be ended.
+    let end = Arc::new(End::socket(socket.try_clone()?));
+    let joined: Weak<End> = Arc::downgrade(&end);
+    links.join(joined);
+    let connected = finish_connect(rustix::net::connect(&socket, address), &socket, cancel);
+    end.check().and(connected)?;
     rustix::net::sockopt::set_tcp_nodelay(&socket, true)?;
     Ok(socket)
 }

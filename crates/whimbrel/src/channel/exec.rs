@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
+use super::end::shut_on_request;
 use crate::address::Address;
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
@@ -33,8 +34,8 @@ impl Command {
         Ok((fd, Command { address: address.clone(), child, ended: false }))
     }
 
-    /// Waits for the command's end; one that fails fails the migration.
-    pub(super) fn finish(mut self, cancel: &Cancel) -> Result<(), Error> {
+    /// Waits for the command's end, or for `yanked`; one that fails fails the migration.
+    pub(super) fn finish(mut self, cancel: &Cancel, yanked: &Cancel) -> Result<(), Error> {
         loop {
             if let Some(status) =
                 self.child.try_wait().map_err(Error::system("waiting for exec"))?
@@ -51,6 +52,9 @@ impl Command {
             let nap = cancel.sleep(Duration::from_millis(2));
             if nap.map_err(Error::system("waiting for exec"))? == Woken::Cancelled {
                 return Err(Error::Cancelled);
+            }
+            if yanked.is_set() {
+                return Err(Error::System { doing: "waiting for exec", source: shut_on_request() });
             }
         }
     }

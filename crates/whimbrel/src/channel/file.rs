@@ -41,7 +41,7 @@ impl Target {
     }
 
     /// The stream is complete: it reaches the disk and gets its name.
-    pub(super) fn keep(mut self, fd: &OwnedFd) -> io::Result<()> {
+    pub(super) fn keep(mut self, fd: &impl AsFd) -> io::Result<()> {
         match &self.undo {
             Undo::Rename { partial, path } => {
                 rustix::fs::fsync(fd)?;

@@ -1,5 +1,6 @@
 //! Waiting for the way in, at the destination.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
@@ -7,29 +8,64 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use rustix::event::PollFlags;
+use whimbrel_wire::ChannelKind;
 
 use super::connect::open_error;
-use super::{Channel, Kind, exec, fd, file};
+use super::{Channel, Kind, end, exec, fd, file};
 use crate::address::Address;
 use crate::error::Error;
 use crate::status::SocketAddressInfo;
-use crate::worker::{Cancel, Woken};
+use crate::worker::{Cancel, Links, Shut, Woken};
 
 /// A bound address that the source has not come to yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
     address: Address,
     socket: Socket,
+    /// What the channels that come belong to.
+    links: Option<Links>,
 }
 
 #[derive(Debug)]
 enum Socket {
-    Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
+    Tcp(Arc<Bound<TcpListener>>),
+    Unix(Arc<Bound<UnixListener>>, SocketFile),
     /// Nothing to wait for: opened when it is accepted.
     Direct,
+}
+
+/// A listening socket, non-blocking.
+#[derive(Debug)]
+struct Bound<L> {
+    listener: L,
+    /// A Unix socket that is shut down wakes whoever waits, and then has them wait again.
+    shut: AtomicBool,
+}
+
+impl<L> Bound<L> {
+    fn new(listener: L) -> Arc<Bound<L>> {
+        Arc::new(Bound { listener, shut: AtomicBool::new(false) })
+    }
+
+    /// What `accept` gives, unless it has been shut down.
+    fn next<T>(&self, accept: impl Fn(&L) -> io::Result<T>) -> io::Result<T> {
+        let shut = || self.shut.load(Ordering::SeqCst);
+        match accept(&self.listener) {
+            Err(_) if shut() => Err(end::shut_on_request()),
+            accepted => accepted,
+        }
+    }
+}
+
+impl<L: AsFd + fmt::Debug + Send + Sync> Shut for Bound<L> {
+    fn shut_down(&self) {
+        self.shut.store(true, Ordering::SeqCst);
+        end::shut_down(&self.listener);
+    }
 }
 
 /// The name of a Unix socket in the file system; it goes when the listener goes.
@@ -47,18 +83,33 @@ impl Listener {
     /// Binds `address`, so that a source can connect from now on.
     pub(crate) fn bind(address: &Address, cancel: &Cancel) -> Result<Listener, Error> {
         let socket = match address {
-            Address::Tcp { host, port } => tcp(host, *port).map(Socket::Tcp),
+            Address::Tcp { host, port } => {
+                tcp(host, *port).map(|listener| Socket::Tcp(Bound::new(listener)))
+            }
             Address::Unix(path) => unix(path),
             Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Ok(Socket::Direct),
         }
         .map_err(|source| open_error(address, source, cancel))?;
-        Ok(Listener { address: address.clone(), socket })
+        Ok(Listener { address: address.clone(), socket, links: None })
+    }
+
+    /// With the channels that come, and the wait for them, among a migration's connections.
+    pub(crate) fn joined(self, links: &Links) -> Listener {
+        let end: Option<Weak<dyn Shut>> = match &self.socket {
+            Socket::Tcp(listener) => Some(weak(listener)),
+            Socket::Unix(listener, _) => Some(weak(listener)),
+            Socket::Direct => None,
+        };
+        if let Some(end) = end {
+            links.join(end);
+        }
+        Listener { links: Some(links.clone()), ..self }
     }
 
     /// Where it really listens, the port chosen included.
     pub(crate) fn socket_address(&self) -> Option<SocketAddressInfo> {
         match (&self.socket, &self.address) {
-            (Socket::Tcp(listener), _) => listener.local_addr().ok().map(|at| {
+            (Socket::Tcp(bound), _) => bound.listener.local_addr().ok().map(|at| {
                 SocketAddressInfo::Inet { host: at.ip().to_string(), port: at.port().to_string() }
             }),
             (Socket::Unix(..), Address::Unix(path)) => {
@@ -76,18 +127,24 @@ impl Listener {
         cancel: &Cancel,
     ) -> Result<Option<Channel>, Error> {
         let accepted = match &self.socket {
-            Socket::Tcp(listener) => listener.accept().and_then(|(stream, _)| {
+            Socket::Tcp(bound) => bound.next(TcpListener::accept).and_then(|(stream, _)| {
                 stream.set_nodelay(true)?;
                 Ok((OwnedFd::from(stream), Kind::Socket))
             }),
-            Socket::Unix(listener, _file) => {
-                listener.accept().map(|(stream, _)| (OwnedFd::from(stream), Kind::Socket))
-            }
+            Socket::Unix(bound, _file) => bound
+                .next(UnixListener::accept)
+                .map(|(stream, _)| (OwnedFd::from(stream), Kind::Socket)),
             Socket::Direct => open(&self.address),
         };
         let error = |source| open_error(&self.address, source, cancel);
         match accepted {
-            Ok((fd, kind)) => Channel::new(name, fd, kind, cancel).map(Some).map_err(error),
+            Ok((fd, kind)) => {
+                let channel = Channel::new(name, fd, kind, cancel).map_err(error)?;
+                Ok(Some(match &self.links {
+                    Some(links) => channel.joined(links),
+                    None => channel,
+                }))
+            }
             // One that went away between connecting and being accepted is none.
             Err(source)
                 if matches!(
@@ -101,11 +158,29 @@ impl Listener {
         }
     }
 
+    /// Refuses a migration of which a multifd channel waits here to be accepted, where none is
+    /// expected: its pages have gone nowhere.
+    pub(crate) fn refuse_multifd(&self, cancel: &Cancel) -> Result<(), Error> {
+        while let Some(channel) = self.accept_now("multifd", cancel)? {
+            let mut first = [0; ChannelKind::BYTES];
+            if let Ok(Some(ChannelKind::BYTES)) = channel.peek(&mut first)
+                && ChannelKind::of(first) == Some(ChannelKind::Multifd)
+            {
+                return Err(Error::Refused(
+                    "multifd channel: the source has capability multifd on and this side has not: \
+                     set the same on both sides, and the same multifd-channels"
+                        .into(),
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// What can be read when a connection has come, where there is one to wait for.
     pub(crate) fn as_fd(&self) -> Option<BorrowedFd<'_>> {
         match &self.socket {
-            Socket::Tcp(listener) => Some(listener.as_fd()),
-            Socket::Unix(listener, _file) => Some(listener.as_fd()),
+            Socket::Tcp(bound) => Some(bound.listener.as_fd()),
+            Socket::Unix(bound, _file) => Some(bound.listener.as_fd()),
             Socket::Direct => None,
         }
     }
@@ -124,6 +199,11 @@ impl Listener {
             }
         }
     }
+}
+
+fn weak<S: Shut + 'static>(listener: &Arc<S>) -> Weak<dyn Shut> {
+    let end: Weak<S> = Arc::downgrade(listener);
+    end
 }
 
 fn open(address: &Address) -> io::Result<(OwnedFd, Kind)> {
@@ -155,5 +235,5 @@ fn unix(path: &Path) -> io::Result<Socket> {
     let file = SocketFile(path.into());
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
-    Ok(Socket::Unix(listener, file))
+    Ok(Socket::Unix(Bound::new(listener), file))
 }

@@ -6,15 +6,18 @@
 
 mod arrivals;
 mod connect;
+mod end;
 mod exec;
 mod fd;
 mod file;
 pub(crate) mod link;
 mod listen;
 pub(crate) mod name;
+mod zero_copy;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
@@ -22,12 +25,15 @@ use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
 use crate::error::Error;
-use crate::worker::{Cancel, Woken};
+use crate::worker::{Cancel, Links, Woken};
+
+use end::End;
 
 pub(crate) use arrivals::Arrivals;
 pub(crate) use connect::connect;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
+pub(crate) use zero_copy::ZeroCopy;
 
 /// What a channel is made of, and what has to happen at its end.
 #[derive(Debug)]
@@ -43,7 +49,7 @@ enum Kind {
 #[derive(Debug)]
 pub(crate) struct Channel {
     name: &'static str,
-    fd: OwnedFd,
+    end: Arc<End>,
     kind: Kind,
     cancel: Cancel,
     bytes_in: u64,
@@ -57,9 +63,13 @@ impl Channel {
         // Files are never waited for; O_NONBLOCK means nothing to them.
         rustix::io::ioctl_fionbio(&fd, !matches!(kind, Kind::File(_)))
             .or_else(|error| if matches!(kind, Kind::Pipe) { Ok(()) } else { Err(error) })?;
+        let end = Arc::new(match kind {
+            Kind::Socket => End::socket(fd),
+            Kind::Pipe | Kind::File(_) | Kind::Command(_) => End::other(fd)?,
+        });
         Ok(Channel {
             name,
-            fd,
+            end,
             kind,
             cancel: cancel.clone(),
             bytes_in: 0,
@@ -69,16 +79,22 @@ impl Channel {
     }
 
     /// The same connection as a channel of its own, for the other direction.
-    pub(crate) fn other_direction(&self, name: &'static str) -> Result<Channel, Error> {
-        let fd = self.fd.try_clone().map_err(|source| self.error(source, self.bytes_out))?;
+    pub(crate) fn other_direction(&self, name: &'static str) -> Channel {
+        let (end, cancel) = (self.end.clone(), self.cancel.clone());
         let kind = Kind::Socket;
-        let cancel = self.cancel.clone();
-        Ok(Channel { name, fd, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false })
+        Channel { name, end, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false }
+    }
+
+    /// As one of a migration's connections, which [`Links::shut_down`] ends.
+    pub(crate) fn joined(self, links: &Links) -> Channel {
+        let end: Weak<End> = Arc::downgrade(&self.end);
+        links.join(end);
+        self
     }
 
     /// Waits until a write is likely to go through, for `timeout` at most.
     pub(crate) fn ready_to_send(&self, timeout: Option<Duration>) -> Result<Woken, Error> {
-        match self.cancel.wait(self.fd.as_fd(), PollFlags::OUT, timeout) {
+        match self.wait(PollFlags::OUT, timeout) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
             Ok(woken) => Ok(woken),
             Err(error) => Err(self.error(error, self.bytes_out)),
@@ -97,7 +113,7 @@ impl Channel {
 
     /// What is there already, without taking it; `None` when nothing is, 0 at the end of the stream.
     pub(crate) fn peek(&self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
-        match rustix::net::recv(&self.fd, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        match rustix::net::recv(&*self.end, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
             Ok((_, bytes)) => Ok(Some(bytes)),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
             Err(error) => Err(self.error(error.into(), self.bytes_in)),
@@ -132,12 +148,10 @@ impl Channel {
     /// Writes all of `pieces`.
     pub(crate) fn send(&mut self, pieces: &mut Gather<'_>) -> Result<(), Error> {
         while pieces.bytes_left() > 0 {
-            if self.cancel.is_set() {
-                return Err(Error::Cancelled);
-            }
+            self.check(self.bytes_out)?;
             let sent = match self.kind {
-                Kind::Socket => pieces.send(self.fd.as_fd(), self.apart),
-                Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.fd.as_fd()),
+                Kind::Socket => pieces.send(self.end.as_fd(), self.apart),
+                Kind::Pipe | Kind::File(_) | Kind::Command(_) => pieces.write(self.end.as_fd()),
             };
             match sent {
                 Ok(bytes) => self.bytes_out += bytes as u64,
@@ -157,11 +171,13 @@ impl Channel {
     /// Fills some of `pieces`, waiting for the first byte; 0 at the end of the stream.
     pub(crate) fn receive(&mut self, pieces: &mut Scatter<'_>) -> Result<usize, Error> {
         loop {
-            if self.cancel.is_set() {
-                return Err(Error::Cancelled);
-            }
-            match pieces.read(self.fd.as_fd()) {
+            self.check(self.bytes_in)?;
+            match pieces.read(self.end.as_fd()) {
                 Ok(bytes) => {
+                    if bytes == 0 {
+                        // Not the other side's doing, where it was shut down here.
+                        self.check(self.bytes_in)?;
+                    }
                     self.bytes_in += bytes as u64;
                     return Ok(bytes);
                 }
@@ -178,8 +194,7 @@ impl Channel {
     ) -> Result<Option<usize>, Error> {
         let timeout = deadline.saturating_duration_since(Instant::now());
         let woken = self
-            .cancel
-            .wait(self.fd.as_fd(), PollFlags::IN, Some(timeout))
+            .wait(PollFlags::IN, Some(timeout))
             .map_err(|source| self.error(source, self.bytes_in))?;
         match woken {
             Woken::Cancelled => Err(Error::Cancelled),
@@ -192,10 +207,27 @@ impl Channel {
         }
     }
 
+    /// Waits for the descriptor, or the end of all waiting.
+    fn wait(&self, ready: PollFlags, timeout: Option<Duration>) -> io::Result<Woken> {
+        let fd = self.end.as_fd();
+        match self.end.wake() {
+            None => self.cancel.wait(fd, ready, timeout),
+            Some(wake) => self.cancel.wait_or(wake, fd, ready, timeout),
+        }
+    }
+
+    /// Whether it was ended from this side, and why.
+    fn check(&self, offset: u64) -> Result<(), Error> {
+        if self.cancel.is_set() {
+            return Err(Error::Cancelled);
+        }
+        self.end.check().map_err(|source| Error::Channel { channel: self.name, offset, source })
+    }
+
     fn wait_after(&self, error: io::Error, ready: PollFlags, offset: u64) -> Result<(), Error> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock => match self.cancel.wait(self.fd.as_fd(), ready, None) {
+            io::ErrorKind::WouldBlock => match self.wait(ready, None) {
                 Ok(Woken::Cancelled) => Err(Error::Cancelled),
                 Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
                 Err(error) => Err(self.error(error, offset)),
@@ -205,7 +237,7 @@ impl Channel {
     }
 
     fn error(&self, source: io::Error, offset: u64) -> Error {
-        Error::Channel { channel: self.name, offset, source }
+        Error::Channel { channel: self.name, offset, source: self.end.cause(source) }
     }
 
     /// Sleeps, unless cancelled.
@@ -222,14 +254,15 @@ impl Channel {
         let offset = self.bytes_out;
         match self.kind {
             Kind::Socket | Kind::Pipe => Ok(()),
-            Kind::File(target) => target.keep(&self.fd).map_err(|source| Error::Channel {
+            Kind::File(target) => target.keep(&*self.end).map_err(|source| Error::Channel {
                 channel: self.name,
                 offset,
                 source,
             }),
             Kind::Command(command) => {
-                drop(self.fd); // The command sees the end of its input.
-                command.finish(&self.cancel)
+                let yanked = self.end.wake().cloned().unwrap_or_else(|| self.cancel.clone());
+                drop(self.end); // The command sees the end of its input.
+                command.finish(&self.cancel, &yanked)
             }
         }
     }
@@ -237,7 +270,7 @@ impl Channel {
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.end.as_fd()
     }
 }
 

@@ -11,13 +11,15 @@ use whimbrel_wire::{
 };
 
 use super::ahead::Ahead;
+use super::held::HeldSections;
 use super::input::Input;
-use super::multifd::{Receivers, Target};
+use super::multifd::{PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::kept::Changes;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -35,6 +37,11 @@ pub(crate) trait Host: Send {
 
     /// Whether that RAM is all zero.
     fn ram_is_fresh(&self) -> bool;
+
+    /// What is to be told of every page that is placed in that RAM, other than by postcopy.
+    fn changes(&self) -> Option<Changes> {
+        None
+    }
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
@@ -84,13 +91,15 @@ pub(crate) struct Incoming {
     /// Multifd channels that wait for the RAM they are to fill.
     channels: Vec<Channel>,
     receivers: Option<Receivers>,
+    /// Multifd channels on which nothing may come any more; open to the end, as QEMU has it.
+    silent: Vec<PacketInput>,
     /// Ends the waits of all channels when one has failed.
     stop: Cancel,
     placing: Option<Placing>,
     ahead: Ahead,
     return_path: bool,
     own_machine: bool,
-    sections: Vec<DeviceSection>,
+    sections: HeldSections,
     loaded: bool,
     placed: Arc<AtomicU64>,
     /// A postcopy of RAM may follow.
@@ -117,12 +126,13 @@ impl Incoming {
             input: Input::new(main, MainDecoder::new(MainOptions::default())),
             channels: multifd,
             receivers: None,
+            silent: Vec::new(),
             stop,
             placing: None,
             ahead: Ahead::default(),
             return_path: false,
             own_machine: false,
-            sections: Vec::new(),
+            sections: HeldSections::default(),
             loaded: false,
             placed: Arc::default(),
             advised: false,
@@ -159,11 +169,11 @@ impl Incoming {
             match next {
                 Some(Decoded::Ram(record)) => self.record(record)?,
                 Some(Decoded::Eof) => {
-                    let own = std::mem::take(&mut self.sections);
+                    let own = self.sections.take();
                     return self.load(host, Devices::Own(own)).map(|()| Arrived::Whole);
                 }
                 Some(Decoded::DeviceState(state)) => {
-                    let early = std::mem::take(&mut self.sections);
+                    let early = self.sections.take();
                     let devices = Devices::Qemu { early, state };
                     return self.load(host, devices).map(|()| Arrived::Whole);
                 }
@@ -212,7 +222,7 @@ impl Incoming {
             received,
             agreed: self.agreed,
             own_machine: self.own_machine,
-            early: std::mem::take(&mut self.sections),
+            early: self.sections.take(),
             len: package,
             channels,
         };
@@ -234,7 +244,7 @@ impl Incoming {
     fn finish_at_close(&mut self, host: &mut dyn Host) -> Result<(), Error> {
         match self.input.close()? {
             Some(state) => {
-                let early = std::mem::take(&mut self.sections);
+                let early = self.sections.take();
                 self.load(host, Devices::Qemu { early, state: Box::new(state) })
             }
             None => Err(self.input.ended("the rest of the migration")),
@@ -250,6 +260,10 @@ impl Incoming {
         }
         if std::mem::replace(&mut self.loaded, true) {
             return Ok(());
+        }
+        if let Some(receivers) = self.receivers.take() {
+            // Nobody but the guest writes its memory from here on.
+            self.silent = receivers.retire(false)?;
         }
         host.load(devices)
     }
@@ -267,8 +281,7 @@ impl Incoming {
                 section.header.name
             ))),
             Decoded::DeviceSection(section) => {
-                self.sections.push(section);
-                Ok(())
+                self.sections.push(section, self.input.decoder().offset())
             }
             Decoded::MappedBlock { .. } => Err(Error::Refused(
                 "main channel: this is a kept VM's file (mapped-ram), not a stream: \
@@ -300,6 +313,7 @@ impl Incoming {
             fresh: host.ram_is_fresh(),
             arrived: received.clone(),
             placed: self.placed.clone(),
+            changes: host.changes(),
         });
         if !self.channels.is_empty() {
             let channels = std::mem::take(&mut self.channels);
@@ -360,7 +374,7 @@ impl Incoming {
             Command::Ping(value) => {
                 // Behind the devices of our own machines the question is whether they load.
                 if self.own_machine && !self.sections.is_empty() {
-                    let own = std::mem::take(&mut self.sections);
+                    let own = self.sections.take();
                     self.load(host, Devices::Own(own))?;
                 }
                 self.answer(&ReturnMessage::Pong(value))
@@ -381,6 +395,12 @@ impl Incoming {
             return Err(unsupported("a page before the block list"));
         };
         match record {
+            other if self.loaded && other != RamRecord::EndOfSection => {
+                Err(Error::Refused(format!(
+                    "main channel, before byte {}: {other:?} behind the devices",
+                    self.input.decoder().offset()
+                )))
+            }
             RamRecord::PageFollows { block, offset, .. } => {
                 let place = Place { block: block.get(), offset: offset.0 };
                 self.input.take_page(placing.block(place), place.offset)?;

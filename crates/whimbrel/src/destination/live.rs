@@ -11,6 +11,7 @@ use crate::channel::{Arrivals, Listener};
 use crate::error::Error;
 use crate::global_state;
 use crate::guest::Guest;
+use crate::loaders::Loaders;
 use crate::report::{EndsFailed, Report};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
@@ -214,10 +215,11 @@ impl Host for Waiting<'_> {
                     .into(),
             ));
         };
-        let devices: Result<Vec<DeviceState>, Error> = sections.iter().map(device).collect();
+        let devices: Result<Vec<DeviceState>, Error> = sections.into_iter().map(device).collect();
         let mut devices = devices?;
         self.runs = global_state::take(&mut devices)?;
-        self.job.guest.vm().load(devices).map_err(Error::vm("loading the devices"))
+        let loaders = Loaders::of_this_host();
+        self.job.guest.vm().load_with(loaders, devices).map_err(Error::vm("loading the devices"))
     }
 
     fn takes_postcopy(&self) -> bool {
@@ -239,15 +241,15 @@ impl Host for Waiting<'_> {
     }
 }
 
-fn device(section: &DeviceSection) -> Result<DeviceState, Error> {
-    let header = &section.header;
-    let bytes = section.own_data().map_err(|kind| {
-        Error::Refused(format!("main channel: device section {}: {kind}", header.name))
-    })?;
-    Ok(DeviceState {
-        name: header.name.to_string(),
-        instance_id: header.instance_id,
-        version_id: header.version_id,
-        bytes: bytes.to_vec(),
-    })
+fn device(section: DeviceSection) -> Result<DeviceState, Error> {
+    let name = section.header.name.to_string();
+    let data = section
+        .own_data()
+        .map_err(|kind| Error::Refused(format!("main channel: device section {name}: {kind}")))?;
+    let length = section.payload.len() - data.len();
+    let DeviceSection { header, payload: mut bytes } = section;
+    // Not copied: it may be large.
+    bytes.drain(..length);
+    let (instance_id, version_id) = (header.instance_id, header.version_id);
+    Ok(DeviceState { name, instance_id, version_id, bytes })
 }

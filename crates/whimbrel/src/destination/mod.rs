@@ -12,6 +12,7 @@ mod asked;
 mod assembly;
 mod blocktime;
 mod fault;
+mod held;
 pub(crate) mod incoming;
 mod input;
 pub(crate) mod live;

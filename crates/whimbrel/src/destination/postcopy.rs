@@ -179,7 +179,7 @@ pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> R
     let asked = Arc::new(Asked::new(&absent, units, blocktime));
     terms.report.set_faults(asked.clone());
     let shared = Shared::new(terms.links).map_err(before)?;
-    let result = receive(begun, &package, &absent, &asked, host, terms, &shared);
+    let result = receive(begun, package, &absent, &asked, host, terms, &shared);
     let ran = shared.fate.load(Ordering::SeqCst) == RAN;
     match shared.take_reason().or(result.err()) {
         Some(reason) if !ran => Err(Failed::Before(reason)),
@@ -232,7 +232,7 @@ fn request_units(begun: &Begun<'_>, absent: &AbsentRam) -> Result<Box<[PageSize]
 /// `dest/main`'s part, and the threads beside it.
 fn receive(
     begun: Begun<'_>,
-    package: &[u8],
+    package: Vec<u8>,
     absent: &AbsentRam,
     asked: &Asked,
     host: &mut dyn Host,
@@ -249,7 +249,7 @@ fn receive(
     let (taken, _silent) = if goes_on { (channels, Vec::new()) } else { (Vec::new(), channels) };
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
-    let mut output = input.channel().other_direction("return path")?;
+    let mut output = input.channel().other_direction("return path");
     // Not what ends its other waits: at the end `dest/main` waits for this thread, which may be
     // waiting for a source that reads no answer.
     output.heed(links.clone());
@@ -318,17 +318,15 @@ fn receive(
 
 /// The devices of a package, and the PINGs to be answered when they are loaded.
 fn devices(
-    package: &[u8],
+    mut package: Vec<u8>,
     early: Vec<DeviceSection>,
     own_machine: bool,
     input: &Input,
 ) -> Result<(Devices, Vec<u32>), Error> {
     let base = input.decoder().offset() - package.len() as u64;
-    let mut whole = package.to_vec();
-    Command::PostcopyRun.encode(&mut whole);
-    let Package { sections, pings } =
-        Package::decode(&whole, base, input.decoder().delimiting())
-            .map_err(|source| Error::Protocol { channel: Via::Main.name(), source })?;
+    Command::PostcopyRun.encode(&mut package);
+    let Package { sections, pings } = Package::decode(&package, base, input.decoder().delimiting())
+        .map_err(|source| Error::Protocol { channel: Via::Main.name(), source })?;
     let devices = match own_machine {
         true => Devices::Own(sections),
         false => Devices::Qemu {

@@ -36,7 +36,7 @@ use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::{Cancel, Links};
-use multifd::{Channels, Crew, Dialect, Terms};
+use multifd::{Channels, Crew, Dialect, Opening, Terms};
 use postcopy::{Failed, HandOver, Postcopy};
 use precopy::{Precopy, Switch};
 use setup::{PINGS_AT_SETUP, Stream};
@@ -141,6 +141,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 report: &job.report,
                 log: Some(log.log()),
                 content: ram.touched().ok(),
+                supply: None,
                 quiet: None,
             };
             let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
@@ -159,7 +160,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
 
 /// Connects, and begins to watch what the guest writes.
 fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
-    let mut channel = channel::connect("main", &job.address, &job.cancel)?;
+    let mut channel = channel::connect("main", &job.address, &job.cancel, &job.links)?;
     if job.wants_answers() && !channel.is_two_way() {
         return Err(Error::Refused(format!(
             "{}: capabilities return-path and postcopy-ram need a way back, which this transport \
@@ -172,11 +173,14 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
     let channels = match job.has(Capability::Multifd) {
         false => None,
         true => {
-            let uuid = vm.uuid().unwrap_or_default();
-            let dialect =
-                Dialect { mark_each_section: false, zeros: parameters.zero_page_detection };
+            let zeros = parameters.zero_page_detection;
+            let opening = Opening {
+                uuid: vm.uuid().unwrap_or_default(),
+                dialect: Dialect { mark_each_section: false, zeros },
+                zero_copy: job.has(Capability::ZeroCopySend),
+            };
             let channels =
-                Channels::connect(&job.address, &job.cancel, uuid, dialect, &parameters)?;
+                Channels::connect(&job.address, &job.cancel, &job.links, &opening, &parameters)?;
             channel.heed(channels.stop().clone());
             Some(channels)
         }
@@ -249,7 +253,7 @@ fn guest_first(
         answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
         let agreed = answers.agreed();
         let urgent = match job.has(Capability::PostcopyPreempt) {
-            true => Some(postcopy::open_urgent(&job.address, &job.cancel)?),
+            true => Some(postcopy::open_urgent(&job.address, &job.cancel, &job.links)?),
             false => None,
         };
         switchover::stop(job, held)?;

@@ -90,9 +90,15 @@ pub(crate) struct Postcopy<'a> {
 
 /// Opens the channel for urgent pages. The destination must have answered already, so that it
 /// does not take this for the main channel.
-pub(crate) fn open_urgent(address: &Address, cancel: &Cancel) -> Result<Channel, Error> {
+pub(crate) fn open_urgent(
+    address: &Address,
+    cancel: &Cancel,
+    links: &Links,
+) -> Result<Channel, Error> {
     match address {
-        Address::Tcp { .. } | Address::Unix(_) => channel::connect("urgent", address, cancel),
+        Address::Tcp { .. } | Address::Unix(_) => {
+            channel::connect("urgent", address, cancel, links)
+        }
         Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Err(Error::Refused(format!(
             "{address}: capability postcopy-preempt needs a second connection, which this \
              transport has not; switch it off or use tcp: or unix:"
@@ -187,7 +193,7 @@ impl<'a> Postcopy<'a> {
         'a: 't,
     {
         let links = self.links.current();
-        let mut input = stream.out.channel().other_direction("return path")?;
+        let mut input = stream.out.channel().other_direction("return path");
         input.heed(links.clone());
         let out = urgent.map(|mut channel| {
             channel.heed(links);
@@ -340,6 +346,7 @@ impl<'a> Postcopy<'a> {
             report: self.report,
             log: None,
             content: self.content.clone().or_else(|| self.ram.touched().ok()),
+            supply: None,
             quiet: Some(Quiet(&quiet)),
         };
         channels.send(map, terms, |crew| {

@@ -101,6 +101,7 @@ fn rest_on_channels(
 ) -> Result<(), Error> {
     crew.first_pass_is_over();
     crew.set_rate(None);
+    crew.rewind();
     crew.begin();
     while !crew.wait(LOOK)? {
         set(&job.report.counters.remaining, map.pending() * TARGET_PAGE.bytes() as u64);

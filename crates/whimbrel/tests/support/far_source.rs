@@ -224,10 +224,15 @@ impl FarSource {
         self.packaged(&self.package())
     }
 
+    /// RAM's end.
+    pub(crate) fn end_of_ram(&mut self) -> &mut FarSource {
+        RAM.encode_end(&mut self.words);
+        self.end_section()
+    }
+
     /// RAM's end, and the stream's.
     pub(crate) fn eof(&mut self) -> &mut FarSource {
-        RAM.encode_end(&mut self.words);
-        self.end_section();
+        self.end_of_ram();
         encode_eof(&mut self.words);
         self
     }

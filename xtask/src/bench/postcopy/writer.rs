@@ -12,18 +12,13 @@
 
 use super::clock;
 use super::pair::Pages;
+use crate::bench::multiboot::{self, Code};
 
-/// Where the image is loaded.
-const LOAD_AT: u32 = 1 << 20;
 /// Where its record is.
 pub(super) const RECORD_AT: u32 = 2 << 20;
 /// The working set begins here, at a boundary of every page size but 1 GiB.
 const WORKING_SET_AT: u32 = 256 << 20;
 
-const MULTIBOOT_MAGIC: u32 = 0x1bad_b002;
-/// The header says where to load, so that the image needs no other format.
-const MULTIBOOT_ADDRESSES: u32 = 1 << 16;
-const MULTIBOOT_HEADER_BYTES: u32 = 32;
 /// The step of the pseudo-random sequence: x -> x * MULTIPLIER + INCREMENT (Numerical Recipes).
 const MULTIPLIER: u32 = 1_664_525;
 const INCREMENT: u32 = 1_013_904_223;
@@ -31,7 +26,7 @@ const PAGE_BYTES: u32 = 4096;
 
 /// The guest, with the size of what it writes to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Writer {
+pub(in crate::bench) struct Writer {
     /// Of 4 KiB.
     pages: u32,
 }
@@ -42,7 +37,7 @@ impl Writer {
 
     /// A writer for a guest of so much memory; `None` if that is too little, or more than lies
     /// below the 32-bit devices.
-    pub(super) fn in_memory(mib: u32) -> Option<Self> {
+    pub(in crate::bench) fn in_memory(mib: u32) -> Option<Self> {
         let working_set = mib.checked_sub(Self::BESIDE_MIB).filter(|mib| *mib > 0)?;
         (mib <= 2048).then_some(Self { pages: working_set * 256 })
     }
@@ -57,19 +52,7 @@ impl Writer {
         let mut code = Code::default();
         self.fill(&mut code);
         self.write_for_ever(&mut code, host_pages);
-        let bytes = u32::try_from(code.0.len()).expect("the guest is short");
-        let end = LOAD_AT + MULTIBOOT_HEADER_BYTES + bytes;
-        let header = [
-            MULTIBOOT_MAGIC,
-            MULTIBOOT_ADDRESSES,
-            0_u32.wrapping_sub(MULTIBOOT_MAGIC).wrapping_sub(MULTIBOOT_ADDRESSES), // checksum
-            LOAD_AT,                                                               // this header
-            LOAD_AT,                          // the first byte to load
-            end,                              // behind the last
-            RECORD_AT + clock::RECORD_BYTES,  // behind what is to be zero
-            LOAD_AT + MULTIBOOT_HEADER_BYTES, // where to begin
-        ];
-        header.into_iter().flat_map(u32::to_le_bytes).chain(code.0).collect()
+        multiboot::image(&code, RECORD_AT + clock::RECORD_BYTES)
     }
 
     fn fill(self, code: &mut Code) {
@@ -87,7 +70,7 @@ impl Writer {
     fn write_for_ever(self, code: &mut Code, host_pages: Pages) {
         code.raw(&[0xbb]).word(RECORD_AT); //            mov ebx, RECORD_AT
         code.raw(&[0xc7, 0x03]).word(clock::MAGIC); //   mov dword [ebx], MAGIC
-        let next = code.0.len();
+        let next = code.len();
         code.raw(&[0x69, 0xf6]).word(MULTIPLIER); //     imul esi, esi, MULTIPLIER
         code.raw(&[0x81, 0xc6]).word(INCREMENT); //      add esi, INCREMENT
         code.raw(&[0xb8]).word(self.pages); //           mov eax, pages
@@ -122,40 +105,14 @@ impl Writer {
     }
 }
 
-#[derive(Debug, Default)]
-struct Code(Vec<u8>);
-
-impl Code {
-    fn raw(&mut self, bytes: &[u8]) -> &mut Self {
-        self.0.extend(bytes);
-        self
-    }
-
-    fn word(&mut self, value: u32) -> &mut Self {
-        self.raw(&value.to_le_bytes())
-    }
-
-    /// The operand of a near jump, counted from behind it.
-    fn back_to(&mut self, target: usize) {
-        let distance = u32::try_from(self.0.len() + 4 - target).expect("the guest is short");
-        self.word(0_u32.wrapping_sub(distance));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn the_header_is_one() {
+    fn the_code_lies_below_its_record() {
         let image = Writer::in_memory(2048).unwrap().image(Pages::Huge);
-        let words: Vec<u32> = image[..32]
-            .chunks_exact(4)
-            .map(|word| u32::from_le_bytes(word.try_into().unwrap()))
-            .collect();
-        assert_eq!(words[0].wrapping_add(words[1]).wrapping_add(words[2]), 0);
-        assert_eq!(words[5] - words[4], u32::try_from(image.len()).unwrap());
-        assert!(words[5] <= RECORD_AT, "the code lies in its own record");
+        assert!(multiboot::LOAD_AT + u32::try_from(image.len()).unwrap() <= RECORD_AT);
     }
 
     #[test]
