@@ -16,6 +16,7 @@
 //! packer.sent();                                         // the data have left, or are in the socket
 //! ```
 
+mod auto;
 mod error;
 mod packer;
 mod stored;
