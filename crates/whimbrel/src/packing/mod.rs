@@ -25,8 +25,6 @@ mod zlib;
 mod zstd;
 
 pub use error::UnpackError;
-#[cfg(test)]
-pub(crate) use packer::Packed;
 pub(crate) use packer::{Packer, Packing, Peer};
 pub(crate) use unpacker::Unpacker;
 

@@ -1,6 +1,8 @@
 //! Both sides together.
 #![expect(clippy::cast_possible_truncation, reason = "small numbers, and random ones")]
 
+mod golden;
+
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
