@@ -128,6 +128,7 @@ pub(super) fn send_pages(
     };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {
+        crew.set_agreed(stream.agreed());
         crew.begin();
         while !crew.wait(LOOK)? {
             stream.check_answers()?;

@@ -10,7 +10,9 @@ use whimbrel_ram::{BlockIndex, Claim, GuestRam, PageMap, Sweep, TARGET_PAGE, Tar
 use super::Dialect;
 use super::sender::Sender;
 use crate::error::Error;
+use crate::hello::Features;
 use crate::kept::Supply;
+use crate::packing::{Packing, Peer};
 use crate::plan::Pace;
 use crate::report::{Report, add};
 use crate::source::out::Out;
@@ -76,6 +78,7 @@ pub(crate) struct Crew<'a> {
     map: &'a PageMap,
     terms: Terms<'a>,
     dialect: Dialect,
+    packing: Packing,
     stop: Cancel,
     members: usize,
     walk: Mutex<Walk>,
@@ -116,7 +119,7 @@ impl<'a> Crew<'a> {
     pub(super) fn new(
         map: &'a PageMap,
         terms: Terms<'a>,
-        dialect: Dialect,
+        (dialect, packing): (Dialect, Packing),
         stop: Cancel,
         members: usize,
     ) -> Result<Crew<'a>, Error> {
@@ -125,6 +128,7 @@ impl<'a> Crew<'a> {
             content_is_known: AtomicBool::new(terms.content.is_some()),
             terms,
             dialect,
+            packing,
             stop,
             members,
             walk: Mutex::new(Walk { sweep: map.sweep(), ended: false }),
@@ -143,6 +147,13 @@ impl<'a> Crew<'a> {
 
     pub(crate) fn dialect(&self) -> Dialect {
         self.dialect
+    }
+
+    /// What the destination is known to take beyond QEMU's protocol.
+    pub(crate) fn set_agreed(&self, agreed: Features) {
+        if agreed.has(Features::ANY_METHOD) {
+            self.packing.set_peer(Peer::Whimbrel);
+        }
     }
 
     /// Has everything sent that is on the map from where the walk stands: a new one, if the last

@@ -161,7 +161,10 @@ impl Sender {
         zero.clear();
         packet.block = None;
         let bytes = self.channel.bytes_out() - before + self.take_bytes();
-        crew.sent(bytes, (normal_count, zero_count))
+        crew.sent(bytes, (normal_count, zero_count))?;
+        // Behind what the pace demands: to who waits for it that is a slow link like any other.
+        self.packer.sent();
+        Ok(())
     }
 
     /// Waits until nothing of this turn is read from guest memory any more. Says whether the kernel
