@@ -7,4 +7,5 @@ mod kept;
 mod postcopy;
 mod process;
 mod qmp;
+mod stalled;
 mod stream;
