@@ -15,6 +15,7 @@ use crate::kept::Supply;
 use crate::packing::{Packing, Peer};
 use crate::plan::Pace;
 use crate::report::{Report, add};
+use crate::settings::ZeroPageDetection;
 use crate::source::out::Out;
 use crate::source::wanted::Wanted;
 use crate::worker::{Bell, Cancel, Woken};
@@ -371,6 +372,12 @@ impl<'a> Crew<'a> {
         if let Some(supply) = self.terms.supply {
             pages.iter().for_each(|page| supply.sent(block, page.0..page.0 + 1));
         }
+    }
+
+    /// Whether pages of zeros are told of on the main channel. Never behind a guest that has gone: it
+    /// may wait for one of them, and only a whimbrel, which knows them in packets, is there then.
+    pub(super) fn tells_zeros_apart(&self) -> bool {
+        self.dialect.zeros == ZeroPageDetection::Legacy && self.terms.quiet.is_none()
     }
 
     /// Pages of zeros that are to be told of on the main channel.

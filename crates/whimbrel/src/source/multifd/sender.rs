@@ -121,7 +121,7 @@ impl Sender {
     ) -> Result<(), Error> {
         let Packet { block: Some(index), normal, zero, whole } = packet else { return Ok(()) };
         let (normal_count, zero_count) = (normal.len() as u64, zero.len() as u64);
-        if crew.dialect().zeros == ZeroPageDetection::Legacy && !zero.is_empty() {
+        if crew.tells_zeros_apart() && !zero.is_empty() {
             crew.tell_zeros(*index, zero.drain(..));
         }
         let before = self.channel.bytes_out();
