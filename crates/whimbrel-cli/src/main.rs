@@ -7,6 +7,7 @@
 mod demo;
 mod drive;
 mod failure;
+mod file_access;
 mod inspect;
 mod migrate;
 mod monitor;

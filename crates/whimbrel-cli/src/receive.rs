@@ -9,6 +9,7 @@ use whimbrel::kept::{Receiver, Touch};
 use whimbrel::{Address, SocketAddressInfo};
 
 use crate::failure::Failure;
+use crate::file_access::FileAccess;
 use crate::progress::{Line, mib};
 use crate::signals::OnSignal;
 
@@ -29,6 +30,8 @@ pub(crate) struct Receive {
     /// In a postcopy, touch pages while they arrive: none, sequential, random or random,seed=N
     #[arg(long, default_value = "none", value_parser = parse_touch, value_name = "ORDER")]
     touch: Touch,
+    #[command(flatten)]
+    file: FileAccess,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -55,7 +58,8 @@ impl Receive {
         let receiver = Receiver::bind(&self.uri)?
             .with_preempt(self.preempt)
             .with_multifd(self.multifd)
-            .touching(self.touch);
+            .touching(self.touch)
+            .writing_by(self.file.access());
         let stop = receiver.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         match receiver.socket_address() {

@@ -10,6 +10,7 @@ use whimbrel_ram::PageSize;
 use whimbrel_vm::{ParseError, parse_page_size, parse_size};
 
 use crate::failure::Failure;
+use crate::file_access::FileAccess;
 use crate::multifd_options::MultifdOptions;
 use crate::progress::{Line, describe, mib};
 use crate::signals::OnSignal;
@@ -35,6 +36,8 @@ pub(crate) struct Restore {
     #[arg(long, requires = "postcopy", default_value = "0", value_parser = parse_size, value_name = "RATE")]
     bandwidth: u64,
     #[command(flatten)]
+    access: FileAccess,
+    #[command(flatten)]
     multifd: MultifdOptions,
     /// Print one JSON object at the end
     #[arg(long)]
@@ -54,7 +57,15 @@ fn parse_block_pages(text: &str) -> Result<BlockPages, ParseError> {
 impl Restore {
     pub(crate) fn run(self) -> Result<(), Failure> {
         let vm = KeptVm::open(&self.file)?;
-        let restoring = vm.restoring()?.with_multifd(self.multifd.to_multifd());
+        if self.postcopy && self.access.insists_on_direct() {
+            return Err(Failure::new(
+                "--direct-io: by postcopy the file is read through the page cache: leave it out",
+            ));
+        }
+        let restoring = vm
+            .restoring()?
+            .reading_by(self.access.access())
+            .with_multifd(self.multifd.to_multifd());
         let stop = restoring.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         let progress = restoring.progress();

@@ -20,6 +20,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod absent;
+mod advice;
 mod backing;
 mod bitmap;
 mod block;

@@ -32,6 +32,8 @@ pub(crate) struct Counters {
     pub(crate) background_bytes: AtomicU64,
     /// Bytes of multifd channels; not in `transferred` here.
     pub(crate) multifd_bytes: AtomicU64,
+    /// Turns of multifd channels in which the kernel copied what was to be sent without a copy.
+    pub(crate) missed_zero_copy: AtomicU64,
     pub(crate) throttle_percent: AtomicU8,
 }
 
@@ -249,6 +251,7 @@ impl Report {
             postcopy_requests: get(&c.postcopy_requests),
             postcopy_bytes: get(&c.postcopy_bytes),
             multifd_bytes: get(&c.multifd_bytes),
+            dirty_sync_missed_zero_copy: get(&c.missed_zero_copy),
             precopy_bytes: get(&c.precopy_bytes),
             downtime_bytes: get(&c.downtime_bytes),
             ..MigrationStats::default()

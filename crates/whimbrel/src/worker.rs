@@ -38,6 +38,10 @@ pub(crate) enum Role {
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
     DestinationTouch,
+    /// Writes RAM into the file of a guest that is only kept.
+    DestinationWrite,
+    /// Reads the file of a kept guest ahead of what is sent.
+    SourceRead,
 }
 
 impl Role {
@@ -56,6 +60,8 @@ impl Role {
             Role::DestinationLoader(number) => return format!("dest/load-{number}").into(),
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
+            Role::DestinationWrite => "dest/write",
+            Role::SourceRead => "source/read",
         })
     }
 }
@@ -341,6 +347,8 @@ mod tests {
             Role::DestinationLoader(255),
             Role::DestinationRestore,
             Role::DestinationTouch,
+            Role::DestinationWrite,
+            Role::SourceRead,
         ] {
             assert!(role.name().len() <= 15);
         }

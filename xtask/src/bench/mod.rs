@@ -6,6 +6,7 @@ use anyhow::Result;
 use crate::workspace::Workspace;
 
 mod contender;
+mod control;
 mod host_memory;
 mod janitor;
 mod multiboot;
@@ -30,12 +31,17 @@ pub(crate) enum Bench {
     Multifd(multifd::Args),
     /// Whether sending without a copy (MSG_ZEROCOPY) pays on this machine
     ZeroCopy(zero_copy::Args),
+    /// How long the control sockets take to answer while a guest moves, ours and QEMU's
+    Control(control::Args),
     /// One end of the plain transfer: a process of its own, so that its processor time is
     #[command(hide = true)]
     PlainEnd(plain::Args),
     /// One end of an idle link
     #[command(hide = true)]
     RoundTripEnd(postcopy::idle::Args),
+    /// A client of a control socket
+    #[command(hide = true)]
+    ControlAsker(control::asker::Args),
     /// Undoes what a bench has made, when the bench is gone
     #[command(hide = true)]
     Janitor,
@@ -48,6 +54,8 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
         Bench::Postcopy(args) => postcopy::run(workspace, args),
         Bench::Multifd(args) => multifd::run(workspace, args),
         Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
+        Bench::Control(args) => control::run(workspace, args),
+        Bench::ControlAsker(args) => control::asker::run(args),
         Bench::PlainEnd(args) => plain::run(args),
         Bench::RoundTripEnd(args) => postcopy::idle::run(args),
         Bench::Janitor => janitor::run(),

@@ -149,6 +149,16 @@ impl Gather<'_> {
         self.moved(written)
     }
 
+    /// One `pwritev`, at byte `at` of a file that can be sought; others may use it meanwhile.
+    pub fn write_at(&mut self, file: BorrowedFd<'_>, at: u64) -> io::Result<usize> {
+        let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let pieces = self.0.next_call();
+        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        // SAFETY: as in `send`.
+        let written = unsafe { libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), count, at) };
+        self.moved(written)
+    }
+
     fn moved(&mut self, result: isize) -> io::Result<usize> {
         let moved = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
         self.0.advance(moved);
@@ -198,8 +208,65 @@ impl<'a> Scatter<'a> {
         // SAFETY: every piece is a buffer borrowed mutably, or guest memory inside its block, for
         // as long as `self`; the kernel writes nowhere else.
         let got = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), count) };
-        let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+        self.got(got)
+    }
+
+    /// One `preadv`, from byte `at` of a file that can be sought; others may use it meanwhile.
+    pub fn read_at(&mut self, file: BorrowedFd<'_>, at: u64) -> io::Result<usize> {
+        let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
+        let pieces = self.0.next_call();
+        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        // SAFETY: as in `read`.
+        let got = unsafe { libc::preadv(file.as_raw_fd(), pieces.as_ptr(), count, at) };
+        self.got(got)
+    }
+
+    fn got(&mut self, result: isize) -> io::Result<usize> {
+        let got = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
         self.0.advance(got);
         Ok(got)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::{Gather, Scatter};
+    use crate::{Backing, PageSize, RamBlock, Sharing};
+
+    /// A file of 16 KiB that is gone with the test.
+    fn file() -> File {
+        let block = RamBlock::memfd("file", 0, 16384, PageSize::SIZE_4K, Sharing::Shared);
+        let block = block.expect("16 KiB");
+        let Backing::Shared { file, .. } = block.backing() else { panic!("{:?}", block.backing()) };
+        file.try_clone().expect("a descriptor")
+    }
+
+    #[test]
+    fn what_is_written_at_a_place_is_read_from_there_and_nothing_else_is_touched() {
+        let (file, block) = (file(), RamBlock::anonymous("ram", 0, 16384).expect("16 KiB"));
+        block.write(4096, &[7; 4096]).expect("inside");
+        block.write(12288, &[9; 4096]).expect("inside");
+        let mut pieces = Gather::new();
+        pieces.push_guest(&block, 4096, 4096).expect("inside");
+        pieces.push_guest(&block, 12288, 4096).expect("inside");
+        assert_eq!(pieces.write_at(file.as_fd(), 4096).expect("room"), 8192);
+        assert_eq!((pieces.bytes_left(), pieces.pieces_left()), (0, 0));
+
+        let (mut before, mut both, mut after) = ([1; 4096], [0; 8192], [1; 8192]);
+        for (at, bytes) in [(0, &mut before[..]), (4096, &mut both), (12288, &mut after)] {
+            let len = bytes.len();
+            let mut pieces = Scatter::new();
+            pieces.push_buffer(bytes);
+            // The last one reaches beyond the end of the file.
+            let expected = len.min(16384 - at);
+            assert_eq!(pieces.read_at(file.as_fd(), at as u64).expect("reads"), expected);
+            assert_eq!(pieces.bytes_left(), len - expected);
+        }
+        assert!(before == [0; 4096] && both[..4096] == [7; 4096] && both[4096..] == [9; 4096]);
+        assert!(after[..4096] == [0; 4096] && after[4096..] == [1; 4096]);
+        assert!(Gather::new().write_at(file.as_fd(), u64::MAX).is_err(), "no such place");
     }
 }

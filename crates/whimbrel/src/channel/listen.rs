@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
 use rustix::event::PollFlags;
+use whimbrel_wire::ChannelKind;
 
 use super::connect::open_error;
 use super::{Channel, Kind, end, exec, fd, file};
@@ -155,6 +156,24 @@ impl Listener {
             }
             Err(source) => Err(error(source)),
         }
+    }
+
+    /// Refuses a migration of which a multifd channel waits here to be accepted, where none is
+    /// expected: its pages have gone nowhere.
+    pub(crate) fn refuse_multifd(&self, cancel: &Cancel) -> Result<(), Error> {
+        while let Some(channel) = self.accept_now("multifd", cancel)? {
+            let mut first = [0; ChannelKind::BYTES];
+            if let Ok(Some(ChannelKind::BYTES)) = channel.peek(&mut first)
+                && ChannelKind::of(first) == Some(ChannelKind::Multifd)
+            {
+                return Err(Error::Refused(
+                    "multifd channel: the source has capability multifd on and this side has not: \
+                     set the same on both sides, and the same multifd-channels"
+                        .into(),
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// What can be read when a connection has come, where there is one to wait for.

@@ -13,6 +13,7 @@ mod file;
 pub(crate) mod link;
 mod listen;
 pub(crate) mod name;
+mod zero_copy;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,6 +33,7 @@ pub(crate) use arrivals::Arrivals;
 pub(crate) use connect::connect;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
+pub(crate) use zero_copy::ZeroCopy;
 
 /// What a channel is made of, and what has to happen at its end.
 #[derive(Debug)]

@@ -13,12 +13,13 @@ use whimbrel_wire::{
 use super::ahead::Ahead;
 use super::held::HeldSections;
 use super::input::Input;
-use super::multifd::{Receivers, Target};
+use super::multifd::{PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
 use crate::hello::Features;
+use crate::kept::Changes;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -36,6 +37,11 @@ pub(crate) trait Host: Send {
 
     /// Whether that RAM is all zero.
     fn ram_is_fresh(&self) -> bool;
+
+    /// What is to be told of every page that is placed in that RAM, other than by postcopy.
+    fn changes(&self) -> Option<Changes> {
+        None
+    }
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
     /// gives the right to run the guest. Called once.
@@ -85,6 +91,8 @@ pub(crate) struct Incoming {
     /// Multifd channels that wait for the RAM they are to fill.
     channels: Vec<Channel>,
     receivers: Option<Receivers>,
+    /// Multifd channels on which nothing may come any more; open to the end, as QEMU has it.
+    silent: Vec<PacketInput>,
     /// Ends the waits of all channels when one has failed.
     stop: Cancel,
     placing: Option<Placing>,
@@ -118,6 +126,7 @@ impl Incoming {
             input: Input::new(main, MainDecoder::new(MainOptions::default())),
             channels: multifd,
             receivers: None,
+            silent: Vec::new(),
             stop,
             placing: None,
             ahead: Ahead::default(),
@@ -252,6 +261,10 @@ impl Incoming {
         if std::mem::replace(&mut self.loaded, true) {
             return Ok(());
         }
+        if let Some(receivers) = self.receivers.take() {
+            // Nobody but the guest writes its memory from here on.
+            self.silent = receivers.retire(false)?;
+        }
         host.load(devices)
     }
 
@@ -300,6 +313,7 @@ impl Incoming {
             fresh: host.ram_is_fresh(),
             arrived: received.clone(),
             placed: self.placed.clone(),
+            changes: host.changes(),
         });
         if !self.channels.is_empty() {
             let channels = std::mem::take(&mut self.channels);
@@ -381,6 +395,12 @@ impl Incoming {
             return Err(unsupported("a page before the block list"));
         };
         match record {
+            other if self.loaded && other != RamRecord::EndOfSection => {
+                Err(Error::Refused(format!(
+                    "main channel, before byte {}: {other:?} behind the devices",
+                    self.input.decoder().offset()
+                )))
+            }
             RamRecord::PageFollows { block, offset, .. } => {
                 let place = Place { block: block.get(), offset: offset.0 };
                 self.input.take_page(placing.block(place), place.offset)?;

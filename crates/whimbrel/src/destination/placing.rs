@@ -59,10 +59,7 @@ impl Placing {
     /// The content of a page has been placed.
     pub(super) fn placed(&mut self, place: Place) {
         let (block, page) = (self.blocks[place.block], TargetPage::containing(place.offset));
-        if let Some(arrived) = &self.target.arrived {
-            arrived.set(block, page);
-        }
-        self.target.content.set(block, page);
+        self.target.has_content(block, page.0..page.0 + 1);
         let follows = self.last.is_some_and(|last| next(last) == place);
         self.in_a_row = if follows { self.in_a_row.saturating_add(1) } else { 0 };
         self.last = Some(place);
@@ -112,7 +109,7 @@ mod tests {
         let block = |name| RamBlock::anonymous(name, 0, 1 << 20).expect("1 MiB");
         let ram = GuestRam::new(vec![block("a"), block("b")]);
         let (content, arrived) = (Arc::new(Received::new(&ram)), None);
-        let target = Target { ram, content, fresh, arrived, placed: Arc::default() };
+        let target = Target { ram, content, fresh, arrived, placed: Arc::default(), changes: None };
         Placing::new(Arc::new(target), vec![BlockIndex(1), BlockIndex(0)])
     }
 

@@ -5,6 +5,7 @@ use whimbrel_ram::{BlockIndex, PageMap, PageSize, TARGET_PAGE};
 
 use super::on_channels::ANSWER_MAX;
 use super::restore::{Restoring, announce};
+use super::supply::Supply;
 use super::{KeptVm, machine};
 use crate::address::Address;
 use crate::channel;
@@ -58,7 +59,7 @@ pub(super) fn send(
             )));
         }
         let unit = |block: BlockIndex| units[block.index()];
-        let mut stream = announce(vm, channel, (true, None), &unit, report)?;
+        let mut stream = announce(vm, &vm.ram, channel, (true, None), &unit, report)?;
         let open = || postcopy::open_urgent(address, &restoring.cancel, &restoring.links);
         // A QEMU up to 7.2 waits for this connection before it reads anything.
         let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
@@ -80,6 +81,9 @@ pub(super) fn send(
         map.fill();
         Ok((stream, urgent, postcopy::map_for(agreed, &vm.ram, map)))
     };
+    let reading = Supply::of_everything(vm, restoring.access, &restoring.cancel);
+    // Ahead of who sends, and of what is asked for; dropped when all has been sent.
+    let _reading = reading.map_err(Failed::Before)?;
     let (stream, urgent, map) = prepare().map_err(Failed::Before)?;
     report.guest_stops();
     report.set_status(MigrationStatus::Device);

@@ -8,13 +8,14 @@ use whimbrel_wire::{
     vmdesc::describe,
 };
 
-use super::KeptSummary;
-use super::layout::Writing;
 use super::touch::{self, Touch};
+use super::writers::Changes;
+use super::writing::Writing;
+use super::{Access, KeptSummary};
 use crate::destination::incoming::{Devices, Host};
 use crate::error::Error;
 use crate::source::setup::name;
-use crate::worker::Worker;
+use crate::worker::{Cancel, Worker};
 
 /// A machine of any kind that is kept, not run: RAM is made as the source announces it.
 #[derive(Debug)]
@@ -22,8 +23,12 @@ pub(super) struct Keeper {
     path: PathBuf,
     configuration: Option<Configuration>,
     ram: Option<GuestRam>,
-    /// What is on the disk already, under a name of its own until the source has let go.
-    written: Option<(Writing, KeptSummary)>,
+    access: Access,
+    cancel: Cancel,
+    /// What becomes the file, under a name of its own until the source has let go.
+    writing: Option<Writing>,
+    /// All of it is on the disk.
+    written: Option<KeptSummary>,
     /// Devices that came before RAM was complete.
     ahead: Option<Devices>,
     touch: Touch,
@@ -33,11 +38,14 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    pub(super) fn new(path: &Path, touch: Touch) -> Keeper {
+    pub(super) fn new(path: &Path, touch: Touch, access: Access, cancel: &Cancel) -> Keeper {
         Keeper {
             path: path.into(),
             configuration: None,
             ram: None,
+            access,
+            cancel: cancel.clone(),
+            writing: None,
             written: None,
             ahead: None,
             touch,
@@ -52,11 +60,17 @@ impl Keeper {
         self.uuid = Some(uuid).filter(|uuid| *uuid != [0; 16]);
     }
 
+    /// The guest comes first: its RAM is complete only when all of it has followed.
+    pub(super) fn pause(&mut self) -> Result<(), Error> {
+        self.writing.as_mut().map_or(Ok(()), Writing::pause)
+    }
+
     /// RAM of a guest that came first is complete: everything goes to the disk.
     pub(super) fn complete(&mut self) -> Result<(), Error> {
         self.toucher = None;
         match self.ahead.take() {
-            Some(devices) => self.load(devices),
+            // The guest is nowhere else any more: nothing but the disk may keep it from being kept.
+            Some(devices) => self.write(devices, true),
             None => Ok(()),
         }
     }
@@ -66,9 +80,40 @@ impl Keeper {
     /// # Panics
     /// Before the stream was received as a whole.
     pub(super) fn keep(self) -> Result<KeptSummary, Error> {
-        let (writing, summary) = self.written.expect("a stream that was received was loaded");
+        let (Some(writing), Some(summary)) = (self.writing, self.written) else {
+            panic!("a stream that was received was loaded");
+        };
         writing.keep()?;
         Ok(summary)
+    }
+
+    /// The configuration of what is in the file.
+    fn kept_configuration(&self) -> Result<Configuration, Error> {
+        let Some(configuration) = &self.configuration else {
+            return Err(Error::Refused("main channel: the stream names no machine type".into()));
+        };
+        let mut configuration = configuration.clone();
+        if !configuration.has(capability::MAPPED_RAM) {
+            configuration.capabilities.push(name(capability::MAPPED_RAM)?);
+        }
+        Ok(configuration)
+    }
+
+    fn write(&mut self, devices: Devices, last_copy: bool) -> Result<(), Error> {
+        let configuration = self.kept_configuration()?;
+        let (Some(ram), Some(writing)) = (&self.ram, &mut self.writing) else {
+            return Err(Error::Refused("main channel: the stream has no RAM".into()));
+        };
+        let (early, tail, count) = encode(devices);
+        let pages = writing.finish(&configuration, &early, &tail, last_copy)?;
+        self.written = Some(KeptSummary {
+            machine: configuration.machine.to_string(),
+            ram_bytes: ram.total_bytes(),
+            stored_bytes: pages * TARGET_PAGE.bytes() as u64,
+            devices: count,
+            faults: None,
+        });
+        Ok(())
     }
 }
 
@@ -100,12 +145,19 @@ impl Host for Keeper {
             blocks.push(RamBlock::anonymous(block_name, 0, info.used_length)?);
         }
         let ram = GuestRam::new(blocks);
+        let configuration = self.kept_configuration()?;
+        let writing = Writing::begin(&self.path, &configuration, &ram, self.access, &self.cancel)?;
+        self.writing = Some(writing);
         self.ram = Some(ram.clone());
         Ok(ram)
     }
 
     fn ram_is_fresh(&self) -> bool {
         true // Made above.
+    }
+
+    fn changes(&self) -> Option<Changes> {
+        self.writing.as_ref().map(Writing::changes)
     }
 
     fn takes_postcopy(&self) -> bool {
@@ -134,27 +186,7 @@ impl Host for Keeper {
     }
 
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
-        let (Some(configuration), Some(ram)) = (&self.configuration, &self.ram) else {
-            return Err(Error::Refused("main channel: the stream names no machine type".into()));
-        };
-        let mut configuration = configuration.clone();
-        if !configuration.has(capability::MAPPED_RAM) {
-            configuration.capabilities.push(name(capability::MAPPED_RAM)?);
-        }
-        let (early, tail, count) = encode(devices);
-        let mut writing = Writing::begin(&self.path)?;
-        let pages = writing.write(&configuration, &early, ram, &tail)?;
-        // "Loaded" is what the source hears next: so it is on the disk.
-        writing.sync()?;
-        let summary = KeptSummary {
-            machine: configuration.machine.to_string(),
-            ram_bytes: ram.total_bytes(),
-            stored_bytes: pages * TARGET_PAGE.bytes() as u64,
-            devices: count,
-            faults: None,
-        };
-        self.written = Some((writing, summary));
-        Ok(())
+        self.write(devices, false)
     }
 }
 

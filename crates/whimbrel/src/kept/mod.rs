@@ -4,22 +4,32 @@
 //! of 9.0 or later starts from it by itself.
 
 mod by_postcopy;
+mod disk;
 mod keeper;
 mod layout;
 mod machine;
 mod on_channels;
 mod open;
 mod restore;
+#[cfg(test)]
+mod round_trip;
+mod supply;
 mod touch;
+mod writers;
+mod writing;
 
+use std::num::NonZeroU8;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 pub use by_postcopy::ByPostcopy;
+pub use disk::DirectIo;
 pub use on_channels::Multifd;
 pub use open::KeptVm;
+pub(crate) use supply::Supply;
 pub use touch::Touch;
+pub(crate) use writers::Changes;
 
 use crate::address::Address;
 use crate::channel::{Arrivals, Listener};
@@ -29,6 +39,30 @@ use crate::error::Error;
 use crate::report::{Report, Side};
 use crate::status::{FaultStats, MigrationInfo, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
+
+/// How the file of a kept VM is written and read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Access {
+    /// By how many threads.
+    pub threads: NonZeroU8,
+    /// Whether past the page cache.
+    pub direct: DirectIo,
+}
+
+impl Access {
+    /// The most threads by default: no disk was found to be faster with more (docs/benchmarks.md).
+    const DEFAULT_THREADS_MAX: NonZeroU8 = NonZeroU8::new(4).expect("not zero");
+}
+
+impl Default for Access {
+    /// A thread for each processor, up to four, and direct I/O where it helps.
+    fn default() -> Access {
+        let processors = std::thread::available_parallelism().ok();
+        let threads = processors.and_then(|count| NonZeroU8::try_from(count).ok());
+        let threads = threads.unwrap_or(NonZeroU8::MIN).min(Access::DEFAULT_THREADS_MAX);
+        Access { threads, direct: DirectIo::Auto }
+    }
+}
 
 /// Takes one migration in and keeps it. Made first, so that the address is bound before the
 /// source is told to connect.
@@ -41,6 +75,7 @@ pub struct Receiver {
     preempt: bool,
     multifd: u8,
     touch: Touch,
+    access: Access,
 }
 
 /// What has been kept.
@@ -80,7 +115,8 @@ impl Receiver {
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
         let (placed, preempt, multifd, touch) = (Arc::default(), false, 0, Touch::Nothing);
-        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch })
+        let access = Access::default();
+        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch, access })
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
@@ -99,6 +135,12 @@ impl Receiver {
     #[must_use]
     pub fn touching(self, touch: Touch) -> Receiver {
         Receiver { touch, ..self }
+    }
+
+    /// The file is written like this.
+    #[must_use]
+    pub fn writing_by(self, access: Access) -> Receiver {
+        Receiver { access, ..self }
     }
 
     /// Where it listens, the port chosen included; `None` for what is not listened to.
@@ -120,11 +162,20 @@ impl Receiver {
     /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
-        let mut keeper = keeper::Keeper::new(path, self.touch);
-        let arrivals = Arrivals::wait(&self.listener, self.multifd, &self.cancel)?;
+        let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
+        let Receiver { listener, cancel, links, placed, preempt, multifd, .. } = self;
+        let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
+        // Without an urgent channel nobody else is to come. A source with more channels than this
+        // side knows of must notice: its pages would go to a connection that nobody reads.
+        let listener = preempt.then_some(listener);
         keeper.is_of(arrivals.uuid);
-        let mut incoming = Incoming::new(arrivals).with_progress(self.placed.clone());
-        let kept = self.take_in(&mut incoming, &mut keeper, &report).and_then(|()| keeper.keep());
+        let mut incoming = Incoming::new(arrivals).with_progress(placed);
+        let kept = take_in(&mut incoming, &mut keeper, &report, &links, listener.as_ref())
+            .and_then(|()| match listener {
+                Some(listener) if multifd == 0 => listener.refuse_multifd(&cancel),
+                _ => Ok(()),
+            })
+            .and_then(|()| keeper.keep());
         let Ok(summary) = kept else {
             incoming.fail();
             return kept;
@@ -133,33 +184,30 @@ impl Receiver {
         let _ = incoming.finish();
         Ok(KeptSummary { faults: report.info().faults, ..summary })
     }
+}
 
-    fn take_in(
-        &self,
-        incoming: &mut Incoming,
-        keeper: &mut keeper::Keeper,
-        report: &Report,
-    ) -> Result<(), Error> {
-        let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
-        let terms = Terms {
-            report,
-            links: &self.links,
-            urgent: self.preempt.then_some(&self.listener),
-            blocktime: false,
-        };
-        match incoming.receive_rest(package, keeper, &terms) {
-            Ok(()) => keeper.complete(),
-            Err(Failed::Before(error)) => Err(error),
-            Err(Failed::After(error, absent)) => {
-                let received = absent.received();
-                let missing = received.missing();
-                // Whoever touches its pages is woken: before its thread is waited for.
-                drop(absent);
-                Err(Error::Refused(format!(
-                    "{error}; the source has given its guest away, and {missing} pages of it have \
-                     not come: nothing was kept"
-                )))
-            }
+fn take_in(
+    incoming: &mut Incoming,
+    keeper: &mut keeper::Keeper,
+    report: &Report,
+    links: &Links,
+    urgent: Option<&Listener>,
+) -> Result<(), Error> {
+    let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+    keeper.pause()?;
+    let terms = Terms { report, links, urgent, blocktime: false };
+    match incoming.receive_rest(package, keeper, &terms) {
+        Ok(()) => keeper.complete(),
+        Err(Failed::Before(error)) => Err(error),
+        Err(Failed::After(error, absent)) => {
+            let received = absent.received();
+            let missing = received.missing();
+            // Whoever touches its pages is woken: before its thread is waited for.
+            drop(absent);
+            Err(Error::Refused(format!(
+                "{error}; the source has given its guest away, and {missing} pages of it have \
+                 not come: nothing was kept"
+            )))
         }
     }
 }

@@ -8,11 +8,12 @@ use whimbrel_wire::encode_end_of_section;
 use super::KeptVm;
 use super::machine::dialect;
 use super::restore::Restoring;
+use super::supply::Supply;
 use crate::address::Address;
 use crate::error::Error;
 use crate::report::set;
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
-use crate::source::multifd::{Channels, Crew, Terms};
+use crate::source::multifd::{Channels, Crew, Opening, Terms};
 use crate::source::setup::{PINGS_AT_SETUP, RAM_SECTION, Stream};
 
 /// How often it is looked whether the destination has something to say.
@@ -48,6 +49,11 @@ impl Multifd {
         }
     }
 
+    /// Whether more is done with the pages than have the kernel send them.
+    pub(super) fn looks_at_pages(&self) -> bool {
+        self.compression != MultifdCompression::None
+    }
+
     fn parameters(&self) -> Result<Parameters, Error> {
         let usual = Parameters::default();
         let parameters = Parameters {
@@ -73,14 +79,16 @@ pub(super) fn connect(
     multifd: &Multifd,
     restoring: &Restoring,
 ) -> Result<Channels, Error> {
-    let uuid = multifd.uuid.or(vm.configuration.uuid).unwrap_or_default();
-    let dialect = dialect(&vm.machine(), multifd.zero_page_detection);
+    let opening = Opening {
+        uuid: multifd.uuid.or(vm.configuration.uuid).unwrap_or_default(),
+        dialect: dialect(&vm.machine(), multifd.zero_page_detection),
+        zero_copy: false,
+    };
     Channels::connect(
         address,
         &restoring.cancel,
         &restoring.links,
-        uuid,
-        dialect,
+        &opening,
         &multifd.parameters()?,
     )
 }
@@ -107,14 +115,22 @@ pub(super) fn wait_for_answer(
 /// Sends all pages, as the `ram` section's END.
 pub(super) fn send_pages(
     vm: &KeptVm,
+    supply: &Supply,
     channels: &mut Channels,
     stream: &mut Stream,
     restoring: &Restoring,
 ) -> Result<(), Error> {
     let report = &*restoring.progress.0;
-    let map = PageMap::new(&vm.ram);
+    let map = PageMap::new(supply.ram());
     map.fill();
-    let terms = Terms { ram: &vm.ram, report, log: None, content: Some(vm.content()), quiet: None };
+    let terms = Terms {
+        ram: supply.ram(),
+        report,
+        log: None,
+        content: Some(vm.content()),
+        supply: Some(supply),
+        quiet: None,
+    };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {
         crew.begin();

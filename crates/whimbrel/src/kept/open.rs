@@ -12,7 +12,7 @@ use whimbrel_wire::{
     MainOptions, MappedRamHeader, RamRecord, page_bitmap as bitmap,
 };
 
-use super::layout::kept_error;
+use super::writing::kept_error;
 use crate::error::Error;
 
 /// How much is read at once where no pages are.
@@ -21,11 +21,12 @@ const CHUNK: usize = 64 << 10;
 /// A VM that was kept, by whimbrel or by a QEMU: RAM is mapped from its file.
 #[derive(Debug)]
 pub struct KeptVm {
+    pub(super) path: PathBuf,
     pub(super) configuration: Configuration,
     pub(super) early: Vec<DeviceSection>,
     pub(super) ram: GuestRam,
     /// One bitmap a block: pages that are not zero.
-    pub(super) present: Vec<Vec<u8>>,
+    pub(super) present: Arc<[Vec<u8>]>,
     pub(super) devices: DeviceState,
 }
 
@@ -226,7 +227,8 @@ impl<'p> Opening<'p> {
             )?);
         }
         let ram = GuestRam::new(ram);
-        Ok(KeptVm { configuration, early: self.early, ram, present, devices })
+        let (path, present) = (self.path.into(), present.into());
+        Ok(KeptVm { path, configuration, early: self.early, ram, present, devices })
     }
 
     fn bitmap(&mut self, info: &BlockInfo, header: &MappedRamHeader) -> Result<Vec<u8>, Error> {

@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 
-use whimbrel_ram::{BlockIndex, PageSize, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{BlockIndex, GuestRam, PageSize, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 use whimbrel_wire::header::capability;
 
 use super::by_postcopy::{self, ByPostcopy};
 use super::on_channels::{self, Multifd};
-use super::{KeptVm, Progress, Stop, report};
+use super::supply::Supply;
+use super::{Access, KeptVm, Progress, Stop, report};
 use crate::address::Address;
 use crate::channel::{self, Channel};
 use crate::error::Error;
@@ -29,6 +30,7 @@ pub struct Restoring {
     pub(super) progress: Progress,
     pub(super) cancel: Cancel,
     pub(super) links: Links,
+    pub(super) access: Access,
     multifd: Option<Multifd>,
 }
 
@@ -37,11 +39,18 @@ impl KeptVm {
     pub fn restoring(&self) -> Result<Restoring, Error> {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
-        Ok(Restoring { progress: Progress(Arc::new(report())), cancel, links, multifd: None })
+        let (progress, access) = (Progress(Arc::new(report())), Access::default());
+        Ok(Restoring { progress, cancel, links, access, multifd: None })
     }
 }
 
 impl Restoring {
+    /// The file is read like this; by postcopy always through the page cache.
+    #[must_use]
+    pub fn reading_by(self, access: Access) -> Restoring {
+        Restoring { access, ..self }
+    }
+
     /// Sends the pages on several channels, in precopy.
     #[must_use]
     pub fn with_multifd(self, multifd: Option<Multifd>) -> Restoring {
@@ -112,6 +121,7 @@ impl Restoring {
 /// What the stream says of a kept VM before its first page.
 pub(super) fn announce(
     vm: &KeptVm,
+    ram: &GuestRam,
     channel: Channel,
     (postcopy, multifd): (bool, Option<Dialect>),
     units: &dyn Fn(BlockIndex) -> PageSize,
@@ -121,14 +131,8 @@ pub(super) fn announce(
     let mut configuration = vm.configuration.clone();
     configuration.capabilities.retain(|name| *name != capability::MAPPED_RAM);
     set(&report.counters.total, vm.ram.total_bytes());
-    let announcement = Announcement {
-        configuration: &configuration,
-        ram: &vm.ram,
-        units,
-        return_path,
-        postcopy,
-        multifd,
-    };
+    let announcement =
+        Announcement { configuration: &configuration, ram, units, return_path, postcopy, multifd };
     let early = |words: &mut Vec<u8>| vm.early.iter().for_each(|section| section.encode(words));
     let stream = announcement.send(channel, early)?;
     report.setup_is_done();
@@ -147,14 +151,19 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
         channel.heed(channels.stop().clone());
     }
     let dialect = channels.as_ref().map(Channels::dialect);
-    let mut stream = announce(vm, channel, (false, dialect), &|_| TARGET_PAGE, report)?;
-    match &mut channels {
+    let looked_at = restoring.multifd.as_ref().is_some_and(Multifd::looks_at_pages);
+    let supply = Supply::start(vm, restoring.access, looked_at, &restoring.cancel)?;
+    let mut stream =
+        announce(vm, supply.ram(), channel, (false, dialect), &|_| TARGET_PAGE, report)?;
+    let sent = match &mut channels {
         Some(channels) => {
             on_channels::wait_for_answer(address, channels, &mut stream)?;
-            on_channels::send_pages(vm, channels, &mut stream, restoring)?;
+            on_channels::send_pages(vm, &supply, channels, &mut stream, restoring)
         }
-        None => send_pages(vm, &mut stream, restoring)?,
-    }
+        None => send_pages(vm, &supply, &mut stream, restoring),
+    };
+    sent.map_err(|error| supply.explain(error))?;
+    drop(supply);
     report.set_status(MigrationStatus::Device);
     for section in &vm.devices.sections {
         section.encode(stream.out.words());
@@ -171,18 +180,30 @@ fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Err
     stream.out.into_channel().finish()
 }
 
-fn send_pages(vm: &KeptVm, stream: &mut Stream, restoring: &Restoring) -> Result<(), Error> {
+fn send_pages(
+    vm: &KeptVm,
+    supply: &Supply,
+    stream: &mut Stream,
+    restoring: &Restoring,
+) -> Result<(), Error> {
     let counters = &restoring.progress.0.counters;
     RAM_SECTION.encode_end(stream.out.words());
-    for (index, block) in vm.ram.blocks() {
+    for (index, block) in supply.ram().blocks() {
+        // What has been gathered since the last call to the kernel.
+        let mut gathered = 0;
         for page in (0..block.target_pages()).map(TargetPage) {
             match vm.is_present(index, page) {
                 true => stream.out.push_page(index, page),
                 false => stream.out.push_zero(index, page),
             }
             add(if vm.is_present(index, page) { &counters.normal } else { &counters.duplicate }, 1);
-            if stream.out.is_full() || stream.out.gathered() >= BATCH_MAX {
+            let block_ends = page.0 + 1 == block.target_pages();
+            if stream.out.is_full() || stream.out.gathered() >= BATCH_MAX || block_ends {
+                let pages = gathered..page.0 + 1;
+                gathered = pages.end;
+                supply.have(index, pages.clone())?;
                 stream.flush()?;
+                supply.sent(index, pages);
                 stream.check_answers()?;
                 set(&counters.transferred, stream.out.bytes());
                 set(&counters.remaining, block.len() - page.offset());

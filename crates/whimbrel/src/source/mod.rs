@@ -36,7 +36,7 @@ use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::{Cancel, Links};
-use multifd::{Channels, Crew, Dialect, Terms};
+use multifd::{Channels, Crew, Dialect, Opening, Terms};
 use postcopy::{Failed, HandOver, Postcopy};
 use precopy::{Precopy, Switch};
 use setup::{PINGS_AT_SETUP, Stream};
@@ -141,6 +141,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 report: &job.report,
                 log: Some(log.log()),
                 content: ram.touched().ok(),
+                supply: None,
                 quiet: None,
             };
             let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
@@ -172,17 +173,14 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
     let channels = match job.has(Capability::Multifd) {
         false => None,
         true => {
-            let uuid = vm.uuid().unwrap_or_default();
-            let dialect =
-                Dialect { mark_each_section: false, zeros: parameters.zero_page_detection };
-            let channels = Channels::connect(
-                &job.address,
-                &job.cancel,
-                &job.links,
-                uuid,
-                dialect,
-                &parameters,
-            )?;
+            let zeros = parameters.zero_page_detection;
+            let opening = Opening {
+                uuid: vm.uuid().unwrap_or_default(),
+                dialect: Dialect { mark_each_section: false, zeros },
+                zero_copy: job.has(Capability::ZeroCopySend),
+            };
+            let channels =
+                Channels::connect(&job.address, &job.cancel, &job.links, &opening, &parameters)?;
             channel.heed(channels.stop().clone());
             Some(channels)
         }

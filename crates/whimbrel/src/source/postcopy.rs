@@ -346,6 +346,7 @@ impl<'a> Postcopy<'a> {
             report: self.report,
             log: None,
             content: self.content.clone().or_else(|| self.ram.touched().ok()),
+            supply: None,
             quiet: Some(Quiet(&quiet)),
         };
         channels.send(map, terms, |crew| {

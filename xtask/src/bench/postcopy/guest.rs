@@ -22,7 +22,7 @@ const CLOCK_APART: Duration = Duration::from_secs(1);
 
 /// The guest of the bench, in the shape of a QEMU's.
 #[derive(Debug)]
-pub(super) struct QemuGuest {
+pub(in crate::bench) struct QemuGuest {
     qemu: Qemu,
     memory: Memory,
     /// Where its images are.
@@ -33,7 +33,7 @@ pub(super) struct QemuGuest {
 
 /// What is known of a running guest before it moves.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Settled {
+pub(in crate::bench) struct Settled {
     pub(super) rate: Rate,
     /// How many touches a second are as slow as a fault while there is no migration.
     pub(super) stray_per_s: f64,
@@ -41,7 +41,12 @@ pub(super) struct Settled {
 
 impl QemuGuest {
     /// Writes the guest's images into this folder.
-    pub(super) fn new(qemu: Qemu, memory: Memory, writer: Writer, folder: &Path) -> Result<Self> {
+    pub(in crate::bench) fn new(
+        qemu: Qemu,
+        memory: Memory,
+        writer: Writer,
+        folder: &Path,
+    ) -> Result<Self> {
         let guest = Self { qemu, memory, folder: folder.to_owned(), piece: folder.join("piece") };
         for pages in [Pages::Small, Pages::Huge] {
             let image = guest.image(pages);
@@ -56,7 +61,7 @@ impl QemuGuest {
     }
 
     /// A QEMU that boots it, or waits for it.
-    pub(super) fn command(&self, pages: Pages, incoming: bool) -> Result<Command> {
+    pub(in crate::bench) fn command(&self, pages: Pages, incoming: bool) -> Result<Command> {
         let bytes = self.memory.bytes();
         let backend = match pages {
             Pages::Small => format!("memory-backend-ram,id=ram,size={bytes}"),
@@ -78,7 +83,7 @@ impl QemuGuest {
     }
 
     /// Waits until the guest writes at random, and gets to know its clock.
-    pub(super) fn settle(&self, qmp: &mut Qmp) -> Result<Settled> {
+    pub(in crate::bench) fn settle(&self, qmp: &mut Qmp) -> Result<Settled> {
         let (begun, first) = wait::until("the guest to fill its memory", FILL_MAX, || {
             let at = Instant::now();
             Ok(self.record(qmp)?.map(|record| (at, record)))
@@ -105,7 +110,7 @@ impl QemuGuest {
 }
 
 /// The reference VM with a workload that does the same.
-pub(super) fn whimbrel_command(
+pub(in crate::bench) fn whimbrel_command(
     binary: &Path,
     memory: Memory,
     writer: Writer,

@@ -24,12 +24,12 @@ use crate::workspace::Workspace;
 
 mod clock;
 mod figures;
-mod guest;
+pub(super) mod guest;
 mod helper;
 pub(crate) mod idle;
-mod pair;
+pub(super) mod pair;
 mod stage;
-mod writer;
+pub(super) mod writer;
 
 /// What to measure.
 #[derive(Debug, clap::Args)]

@@ -44,7 +44,7 @@ impl Pair {
 
 /// The host pages of the guest's memory, on both sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum)]
-pub(super) enum Pages {
+pub(in crate::bench) enum Pages {
     #[value(name = "4k")]
     Small,
     #[value(name = "2M")]
@@ -53,7 +53,7 @@ pub(super) enum Pages {
 
 impl Pages {
     /// As `whimbrel` takes it.
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::bench) fn name(self) -> &'static str {
         match self {
             Self::Small => "4k",
             Self::Huge => "2M",

@@ -26,7 +26,7 @@ const PAGE_BYTES: u32 = 4096;
 
 /// The guest, with the size of what it writes to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Writer {
+pub(in crate::bench) struct Writer {
     /// Of 4 KiB.
     pages: u32,
 }
@@ -37,7 +37,7 @@ impl Writer {
 
     /// A writer for a guest of so much memory; `None` if that is too little, or more than lies
     /// below the 32-bit devices.
-    pub(super) fn in_memory(mib: u32) -> Option<Self> {
+    pub(in crate::bench) fn in_memory(mib: u32) -> Option<Self> {
         let working_set = mib.checked_sub(Self::BESIDE_MIB).filter(|mib| *mib > 0)?;
         (mib <= 2048).then_some(Self { pages: working_set * 256 })
     }

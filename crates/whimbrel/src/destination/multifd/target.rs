@@ -1,5 +1,6 @@
 //! Where the pages of all channels go.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,6 +8,7 @@ use whimbrel_ram::{BlockIndex, GuestRam, Received, TARGET_PAGE, TargetPage};
 use whimbrel_wire::BlockOffset;
 
 use crate::error::Error;
+use crate::kept::Changes;
 
 const PAGE: u64 = TARGET_PAGE.bytes() as u64;
 
@@ -25,6 +27,8 @@ pub(in crate::destination) struct Target {
     pub(in crate::destination) arrived: Option<Arc<Received>>,
     /// Bytes of RAM that have come.
     pub(in crate::destination) placed: Arc<AtomicU64>,
+    /// Who writes the pages into a file.
+    pub(in crate::destination) changes: Option<Changes>,
 }
 
 impl Target {
@@ -60,19 +64,23 @@ impl Target {
         for BlockOffset(offset) in offsets {
             let page = offset / PAGE;
             if page != run.end {
-                self.set(block, run);
+                self.has_content(block, run);
                 run = page..page;
             }
             run.end += 1;
             count += PAGE;
         }
-        self.set(block, run);
+        self.has_content(block, run);
         self.placed.fetch_add(count, Ordering::Relaxed);
     }
 
-    fn set(&self, block: BlockIndex, run: std::ops::Range<u64>) {
+    /// The content of pages that follow each other has been placed.
+    pub(in crate::destination) fn has_content(&self, block: BlockIndex, run: Range<u64>) {
         if run.is_empty() {
             return;
+        }
+        if let Some(changes) = &self.changes {
+            changes.placed(block, run.clone());
         }
         if let Some(arrived) = &self.arrived {
             arrived.set_all(block, run.clone());
@@ -91,11 +99,15 @@ impl Target {
             arrived.set(index, page);
         }
         let block = self.ram.block(index);
-        if self.fresh && !self.content.contains(index, page) {
-            return Ok(());
-        }
-        if !block.is_zero(page) {
+        let was_zero = self.fresh && !self.content.contains(index, page);
+        let changes = !was_zero && !block.is_zero(page);
+        if changes {
             block.write_zeros(offset, TARGET_PAGE.bytes())?;
+        }
+        match &self.changes {
+            Some(told) if changes => told.placed(index, page.0..page.0 + 1),
+            Some(told) => told.stays_zero(index, page),
+            None => {}
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use whimbrel_ram::{BlockIndex, Claim, GuestRam, PageMap, Sweep, TargetPage};
 use super::Dialect;
 use super::sender::Sender;
 use crate::error::Error;
+use crate::kept::Supply;
 use crate::plan::Pace;
 use crate::report::{Report, add};
 use crate::source::out::Out;
@@ -35,6 +36,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) log: Option<Log<'a>>,
     /// Pages that may hold something else than zeros, where that is known.
     pub(crate) content: Option<DirtyBits>,
+    /// Where the pages come from that are not in memory: who knows which of them are zero.
+    pub(crate) supply: Option<&'a Supply>,
     /// In postcopy: nobody waits for a page. While somebody does, the link is left to it.
     pub(crate) quiet: Option<Quiet<'a>>,
 }
@@ -246,10 +249,18 @@ impl<'a> Crew<'a> {
         while let Some(next) = self.next_turn(turn) {
             turn = next;
             let mut busy = Busy { crew: self, result: None };
-            let result = sender.turn(self, packets).and_then(|()| sender.send_sync(packets));
+            let result = self.turn(sender, packets);
             self.went(sender.take_bytes());
             busy.result = Some(result);
         }
+    }
+
+    fn turn(&self, sender: &mut Sender, packets: &AtomicU64) -> Result<(), Error> {
+        sender.turn(self, packets)?;
+        if sender.settle()? {
+            add(&self.terms.report.counters.missed_zero_copy, 1);
+        }
+        sender.send_sync(packets)
     }
 
     fn next_turn(&self, last: u64) -> Option<u64> {
@@ -308,8 +319,11 @@ impl<'a> Crew<'a> {
 
     /// Has the log watch the claim's pages again; must come before their content is read.
     pub(super) fn rearm(&self, claim: &Claim<'_>) -> Result<(), Error> {
-        let Some(Log(log)) = self.terms.log else { return Ok(()) };
         let span = claim.span();
+        if let Some(supply) = self.terms.supply {
+            supply.have(claim.block(), span.clone())?;
+        }
+        let Some(Log(log)) = self.terms.log else { return Ok(()) };
         log.rearm(claim.block(), TargetPage(span.start), span.end - span.start)
             .map_err(Error::DirtyLog)
     }
@@ -318,6 +332,18 @@ impl<'a> Crew<'a> {
     pub(super) fn is_untouched(&self, block: BlockIndex, page: TargetPage) -> bool {
         self.content_is_known.load(Ordering::Relaxed)
             && self.terms.content.as_ref().is_some_and(|content| !content.contains(block, page))
+    }
+
+    /// Whether a page is to be looked at, for it may be zero.
+    pub(super) fn may_be_zero(&self) -> bool {
+        self.terms.supply.is_none()
+    }
+
+    /// The content of these pages has gone out.
+    pub(super) fn needs_no_more(&self, block: BlockIndex, pages: &[TargetPage]) {
+        if let Some(supply) = self.terms.supply {
+            pages.iter().for_each(|page| supply.sent(block, page.0..page.0 + 1));
+        }
     }
 
     /// Pages of zeros that are to be told of on the main channel.

@@ -17,7 +17,7 @@ use whimbrel_wire::encode_multifd_flush;
 use crate::address::Address;
 use crate::error::Error;
 use crate::packing::{Packing, Peer};
-use crate::settings::{Parameters, ZeroPageDetection};
+use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::worker::{Cancel, Links, Role, scoped};
 
 pub(crate) use crew::{Crew, Log, Quiet, Terms};
@@ -42,6 +42,16 @@ impl Dialect {
     }
 }
 
+/// What the channels of one migration have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Opening {
+    /// The VM's UUID; zero is none.
+    pub(crate) uuid: [u8; 16],
+    pub(crate) dialect: Dialect,
+    /// Capability `zero-copy-send`.
+    pub(crate) zero_copy: bool,
+}
+
 /// The connections, and what belongs to them for as long as they live.
 #[derive(Debug)]
 pub(crate) struct Channels {
@@ -60,8 +70,7 @@ impl Channels {
         address: &Address,
         cancel: &Cancel,
         links: &Links,
-        uuid: [u8; 16],
-        dialect: Dialect,
+        opening: &Opening,
         parameters: &Parameters,
     ) -> Result<Channels, Error> {
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
@@ -70,17 +79,23 @@ impl Channels {
                  has not; switch it off or use tcp: or unix:"
             )));
         }
+        if opening.zero_copy && parameters.multifd_compression != MultifdCompression::None {
+            return Err(Error::Refused(
+                "capability zero-copy-send sends pages as they are: set multifd-compression to none"
+                    .into(),
+            ));
+        }
         let stop = cancel.part().map_err(Error::system("making an eventfd"))?;
         let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
         let connect = |number| {
-            let mut sender = Sender::connect(number, address, &stop, links, uuid, &packing)?;
+            let mut sender = Sender::connect(number, address, &stop, links, opening, &packing)?;
             sender.send_sync(&packets)?;
             Ok(sender)
         };
         let senders =
             (0..parameters.multifd_channels).map(connect).collect::<Result<_, Error>>()?;
-        Ok(Channels { senders, dialect, stop, packets })
+        Ok(Channels { senders, dialect: opening.dialect, stop, packets })
     }
 
     /// How many there are.

@@ -1,6 +1,7 @@
 //! One multifd channel at the source: claims become packets, and each packet is one system call.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use whimbrel_ram::kernel_copy::Gather;
@@ -8,9 +9,10 @@ use whimbrel_ram::{BlockIndex, Claim, TARGET_PAGE, TargetPage};
 use whimbrel_wire::BlockOffset;
 use whimbrel_wire::multifd::{MultifdInit, PacketHeader, pages_per_packet};
 
+use super::Opening;
 use super::crew::Crew;
 use crate::address::Address;
-use crate::channel::{self, Channel};
+use crate::channel::{self, Channel, ZeroCopy};
 use crate::error::Error;
 use crate::packing::{Packer, Packing};
 use crate::settings::ZeroPageDetection;
@@ -30,6 +32,8 @@ const PACKET_MAX: usize = pages_per_packet(WIRE_PAGE) as usize;
 pub(super) struct Sender {
     channel: Channel,
     packer: Packer,
+    /// With capability `zero-copy-send`.
+    zero_copy: Option<ZeroCopy>,
     header: Vec<u8>,
     /// Bytes sent that nobody has counted yet.
     uncounted: u64,
@@ -52,14 +56,31 @@ impl Sender {
         address: &Address,
         cancel: &Cancel,
         links: &Links,
-        uuid: [u8; 16],
+        opening: &Opening,
         packing: &Packing,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
-        let channel = channel::connect(name, address, cancel, links)?;
+        let channel = channel::connect(name, address, cancel, links).map_err(|error| match error {
+            Error::Open { address, source, .. }
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound
+                ) =>
+            {
+                let hint = ": after the main channel nobody else is expected there; set capability \
+                            multifd and the same multifd-channels on both sides";
+                Error::Open { address, source, hint }
+            }
+            error => error,
+        })?;
         let mut header = Vec::with_capacity(PacketHeader::len(WIRE_PAGE));
-        MultifdInit { uuid, channel: number }.encode(&mut header);
-        let mut sender = Sender { channel, packer: packing.packer(), header, uncounted: 0 };
+        MultifdInit { uuid: opening.uuid, channel: number }.encode(&mut header);
+        let zero_copy = match opening.zero_copy {
+            true => Some(ZeroCopy::on(&channel)?),
+            false => None,
+        };
+        let packer = packing.packer();
+        let mut sender = Sender { channel, packer, zero_copy, header, uncounted: 0 };
         sender.channel.send_bytes(&sender.header)?;
         Ok(sender)
     }
@@ -115,15 +136,36 @@ impl Sender {
             header.encode(&mut self.header);
             let mut pieces = Gather::new();
             pieces.push_bytes(&self.header);
-            packed.gather(&mut pieces)?;
-            self.channel.send(&mut pieces)?;
+            match &mut self.zero_copy {
+                None => {
+                    packed.gather(&mut pieces)?;
+                    self.channel.send(&mut pieces)?;
+                }
+                Some(zero_copy) => {
+                    // The header's place is needed again before the kernel is done with it.
+                    self.channel.send(&mut pieces)?;
+                    let mut pieces = Gather::new();
+                    packed.gather(&mut pieces)?;
+                    zero_copy.send(&mut self.channel, &mut pieces)?;
+                }
+            }
         }
         whole.drain(..).for_each(Claim::spend);
+        crew.needs_no_more(*index, normal);
         normal.clear();
         zero.clear();
         packet.block = None;
         let bytes = self.channel.bytes_out() - before + self.take_bytes();
         crew.sent(bytes, (normal_count, zero_count))
+    }
+
+    /// Waits until nothing of this turn is read from guest memory any more. Says whether the kernel
+    /// has copied something although it was asked not to.
+    pub(super) fn settle(&mut self) -> Result<bool, Error> {
+        match &mut self.zero_copy {
+            Some(zero_copy) => zero_copy.settle(&self.channel),
+            None => Ok(false),
+        }
     }
 
     /// Says that everything of this turn has been sent.
@@ -168,7 +210,9 @@ impl<'a> Packet<'a> {
             let block = crew.ram().block(index);
             while self.normal.len() + self.zero.len() < most {
                 let Some(page) = claim.next_page() else { break };
-                let zero = detects && (crew.is_untouched(index, page) || block.is_zero(page));
+                let zero = detects
+                    && (crew.is_untouched(index, page)
+                        || crew.may_be_zero() && block.is_zero(page));
                 if zero { self.zero.push(page) } else { self.normal.push(page) }
             }
             if self.normal.len() + self.zero.len() == most && claim.remaining() > 0 {
