@@ -13,7 +13,7 @@ use whimbrel_wire::{
 use super::ahead::Ahead;
 use super::held::HeldSections;
 use super::input::Input;
-use super::multifd::{Receivers, Target};
+use super::multifd::{PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel};
@@ -91,6 +91,8 @@ pub(crate) struct Incoming {
     /// Multifd channels that wait for the RAM they are to fill.
     channels: Vec<Channel>,
     receivers: Option<Receivers>,
+    /// Multifd channels on which nothing may come any more; open to the end, as QEMU has it.
+    silent: Vec<PacketInput>,
     /// Ends the waits of all channels when one has failed.
     stop: Cancel,
     placing: Option<Placing>,
@@ -124,6 +126,7 @@ impl Incoming {
             input: Input::new(main, MainDecoder::new(MainOptions::default())),
             channels: multifd,
             receivers: None,
+            silent: Vec::new(),
             stop,
             placing: None,
             ahead: Ahead::default(),
@@ -258,6 +261,10 @@ impl Incoming {
         if std::mem::replace(&mut self.loaded, true) {
             return Ok(());
         }
+        if let Some(receivers) = self.receivers.take() {
+            // Nobody but the guest writes its memory from here on.
+            self.silent = receivers.retire(false)?;
+        }
         host.load(devices)
     }
 
@@ -388,6 +395,12 @@ impl Incoming {
             return Err(unsupported("a page before the block list"));
         };
         match record {
+            other if self.loaded && other != RamRecord::EndOfSection => {
+                Err(Error::Refused(format!(
+                    "main channel, before byte {}: {other:?} behind the devices",
+                    self.input.decoder().offset()
+                )))
+            }
             RamRecord::PageFollows { block, offset, .. } => {
                 let place = Place { block: block.get(), offset: offset.0 };
                 self.input.take_page(placing.block(place), place.offset)?;

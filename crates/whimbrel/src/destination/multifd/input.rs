@@ -79,6 +79,11 @@ impl PacketInput {
         }
     }
 
+    /// Whether a packet has come in part.
+    pub(super) fn is_within_a_packet(&self) -> bool {
+        self.held > 0 || self.decoder.payload_left() > 0
+    }
+
     /// The next packet; `None` where the channel ends.
     pub(in crate::destination) fn next(&mut self) -> Result<Option<Box<PacketHeader>>, Error> {
         loop {

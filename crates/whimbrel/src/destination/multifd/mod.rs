@@ -82,10 +82,7 @@ impl Receivers {
             self.rounds.wait_for_all()?;
         }
         self.end_threads();
-        match self.rounds.take_failure() {
-            Some(error) => Err(error),
-            None => Ok(self.rounds.take_inputs()),
-        }
+        self.rounds.take_inputs()
     }
 
     fn end_threads(&mut self) {

@@ -26,6 +26,8 @@ struct State {
     /// The first channel that its source closed, and after how many bytes.
     closed: Option<(u8, u64)>,
     failure: Option<Error>,
+    /// What a receiver says that was ended within a packet.
+    cut: Option<Error>,
     /// The channels of receivers that are no more.
     inputs: Vec<(u8, PacketInput)>,
     over: bool,
@@ -96,14 +98,19 @@ impl Rounds {
 
     /// A receiver is no more: its channel was closed after so many bytes, or it failed.
     pub(super) fn ended(&self, number: u8, how: Result<u64, Error>, input: PacketInput) {
+        let within_a_packet = input.is_within_a_packet();
+        let behind_the_end = input.wrong("a packet where nothing was to come any more");
         let mut state = self.lock();
         state.inputs.push((number, input));
         match how {
             Ok(offset) => {
                 state.closed.get_or_insert((number, offset));
             }
-            // Who was ended is not the reason.
-            Err(Error::Cancelled) => {}
+            // Who was ended where nothing more was to come is not the reason.
+            Err(Error::Cancelled) if !within_a_packet => {}
+            Err(Error::Cancelled) => {
+                state.cut.get_or_insert(behind_the_end);
+            }
             Err(error) => {
                 state.failure.get_or_insert(error);
                 self.stop.set();
@@ -116,11 +123,16 @@ impl Rounds {
         self.lock().failure.take()
     }
 
-    /// The channels of all receivers, which are no more, by their numbers.
-    pub(super) fn take_inputs(&self) -> Vec<PacketInput> {
-        let mut inputs = std::mem::take(&mut self.lock().inputs);
+    /// The channels of all receivers, which are no more, by their numbers; unless one of them has
+    /// failed, or was ended within a packet.
+    pub(super) fn take_inputs(&self) -> Result<Vec<PacketInput>, Error> {
+        let mut state = self.lock();
+        if let Some(error) = state.failure.take().or(state.cut.take()) {
+            return Err(error);
+        }
+        let mut inputs = std::mem::take(&mut state.inputs);
         inputs.sort_by_key(|(number, _)| *number);
-        inputs.into_iter().map(|(_, input)| input).collect()
+        Ok(inputs.into_iter().map(|(_, input)| input).collect())
     }
 
     /// Lets all receivers go.
