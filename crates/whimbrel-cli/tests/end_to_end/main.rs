@@ -4,6 +4,7 @@ mod bad_input;
 mod cancel;
 mod demo;
 mod kept;
+mod kept_in_parallel;
 mod postcopy;
 mod process;
 mod qmp;
