@@ -377,7 +377,7 @@ impl<'a> Crew<'a> {
     /// Whether pages of zeros are told of on the main channel. Never behind a guest that has gone: it
     /// may wait for one of them, and only a whimbrel, which knows them in packets, is there then.
     pub(super) fn tells_zeros_apart(&self) -> bool {
-        self.dialect.zeros == ZeroPageDetection::Legacy && self.terms.quiet.is_none()
+        self.dialect.zeros == ZeroPageDetection::Legacy && self.terms.beside.is_none()
     }
 
     /// Pages of zeros that are to be told of on the main channel.
