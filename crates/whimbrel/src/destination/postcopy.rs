@@ -274,7 +274,7 @@ fn receive(
                 };
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
             }
-            for (number, mut channel) in (0u8..).zip(taken) {
+            for (mut channel, number) in taken.into_iter().zip(0u8..) {
                 channel.heed(shared.stop.clone());
                 let arriving = &arriving;
                 let body = move || shared.check_beside(rest::run(channel, number, arriving));

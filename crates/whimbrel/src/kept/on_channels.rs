@@ -124,10 +124,11 @@ pub(super) fn send_pages(
         log: None,
         content: Some(vm.content()),
         supply: Some(supply),
-        quiet: None,
+        beside: None,
     };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {
+        crew.set_agreed(stream.agreed());
         crew.begin();
         while !crew.wait(LOOK)? {
             stream.check_answers()?;

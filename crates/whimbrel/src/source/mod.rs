@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
+mod held;
 mod hot;
 pub(crate) mod multifd;
 pub(crate) mod out;
@@ -141,7 +142,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 log: Some(log.log()),
                 content: ram.touched().ok(),
                 supply: None,
-                quiet: None,
+                beside: None,
             };
             let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
             channels.send(&map, terms, lead)

@@ -21,9 +21,10 @@ use whimbrel_wire::{
 };
 
 use super::answers::Answers;
-use super::background::{Background, Held};
+use super::background::Background;
+use super::held::Held;
 use super::hot::Hot;
-use super::multifd::{Channels, Quiet, Terms};
+use super::multifd::{Beside, Channels, Terms};
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -298,7 +299,7 @@ impl<'a> Postcopy<'a> {
             parameters: self.parameters,
             wanted,
             said,
-            held: Held::new(beside_urgent, &mut stream.out),
+            held: Held::new(beside_urgent, stream.out.channel()),
             rate: Rate::default(),
             hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
@@ -336,14 +337,14 @@ impl<'a> Postcopy<'a> {
         mut channels: Channels,
     ) -> Result<Channels, Error> {
         channels.heed(&self.links.current());
-        let quiet = || wanted.is_quiet() && (self.parameters)().max_postcopy_bandwidth == 0;
+        let unpaced = || (self.parameters)().max_postcopy_bandwidth == 0;
         let terms = Terms {
             ram: self.ram,
             report: self.report,
             log: None,
             content: self.content.clone().or_else(|| self.ram.touched().ok()),
             supply: None,
-            quiet: Some(Quiet(&quiet)),
+            beside: Some(Beside { wanted, unpaced: &unpaced }),
         };
         channels.send(map, terms, |crew| {
             crew.begin();

@@ -21,7 +21,7 @@ use crate::packing::{Packing, Peer};
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::worker::{Cancel, Links, Role, scoped};
 
-pub(crate) use crew::{Crew, Log, Quiet, Terms};
+pub(crate) use crew::{Beside, Crew, Log, Terms};
 use sender::Sender;
 
 /// How the destination wants it, which both sides know from the machine type.
@@ -62,6 +62,8 @@ pub(crate) struct Channels {
     stop: Cancel,
     /// Packets sent so far, on all of them.
     packets: AtomicU64,
+    /// How they pack pages.
+    packing: Packing,
 }
 
 impl Channels {
@@ -97,7 +99,7 @@ impl Channels {
         };
         let senders =
             (0..parameters.multifd_channels).map(connect).collect::<Result<_, Error>>()?;
-        Ok(Channels { senders, dialect: opening.dialect, stop, packets })
+        Ok(Channels { senders, dialect: opening.dialect, stop, packets, packing })
     }
 
     /// How many there are.
@@ -123,7 +125,9 @@ impl Channels {
         lead: impl FnOnce(&Crew<'a>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let senders = std::mem::take(&mut self.senders);
-        let crew = Crew::new(map, terms, self.dialect, self.stop.clone(), senders.len())?;
+        let packing = self.packing.clone();
+        let crew =
+            Crew::new(map, terms, (self.dialect, packing), self.stop.clone(), senders.len())?;
         let packets = &self.packets;
         let result = thread::scope(|scope| {
             let over = crew.over_when_dropped();
