@@ -15,12 +15,13 @@ use whimbrel_ram::PageMap;
 use whimbrel_wire::encode_multifd_flush;
 
 use crate::address::Address;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::packing::{Packing, Peer};
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::worker::{Cancel, Links, Role, scoped};
 
-pub(crate) use crew::{Crew, Log, Quiet, Terms};
+pub(crate) use crew::{Beside, Crew, Log, Terms};
 use sender::Sender;
 
 /// How the destination wants it, which both sides know from the machine type.
@@ -69,12 +70,13 @@ impl Channels {
     /// Connects all channels to where the main channel is connected to. They have delivered what
     /// belongs to the stream's beginning, whose mark the main channel has still to carry.
     pub(crate) fn connect(
-        address: &Address,
+        route: &Route,
         cancel: &Cancel,
         links: &Links,
         opening: &Opening,
         parameters: &Parameters,
     ) -> Result<Channels, Error> {
+        let address = &route.address;
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
             return Err(Error::Refused(format!(
                 "{address}: capability multifd needs several connections, which this transport \
@@ -91,7 +93,7 @@ impl Channels {
         let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
         let connect = |number| {
-            let mut sender = Sender::connect(number, address, &stop, links, opening, &packing)?;
+            let mut sender = Sender::connect(number, route, &stop, links, opening, &packing)?;
             sender.send_sync(&packets)?;
             Ok(sender)
         };
