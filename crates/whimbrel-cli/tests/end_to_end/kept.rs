@@ -69,15 +69,15 @@ fn a_running_guest_is_kept_and_brought_back() {
 
 /// Everything that a stream says: pages by block and offset, and the devices' bytes.
 #[derive(Debug, Default, PartialEq)]
-struct Content {
+pub(crate) struct Content {
     machine: String,
     blocks: Vec<(String, u64)>,
     /// Block, offset and content of every page that is not zero, in the end.
-    pages: std::collections::BTreeMap<(usize, u64), Vec<u8>>,
-    devices: Vec<(String, u32, Vec<u8>)>,
+    pub(crate) pages: std::collections::BTreeMap<(usize, u64), Vec<u8>>,
+    pub(crate) devices: Vec<(String, u32, Vec<u8>)>,
 }
 
-fn content(path: &Path) -> Content {
+pub(crate) fn content(path: &Path) -> Content {
     let bytes = fs::read(path).expect("a stream");
     let mut decoder = MainDecoder::new(MainOptions::default());
     let mut content = Content::default();
@@ -180,7 +180,7 @@ fn a_disk_that_is_full_costs_nothing() {
 }
 
 /// Unmounts at the end of the test, however it ends.
-struct Unmount(PathBuf);
+pub(crate) struct Unmount(pub(crate) PathBuf);
 
 impl Drop for Unmount {
     fn drop(&mut self) {
