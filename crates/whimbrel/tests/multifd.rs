@@ -288,6 +288,7 @@ fn a_guest_moves_on_and_on() {
 fn sides_that_do_not_agree_leave_the_guest_where_it_is() {
     for (here, there) in [(Some(2), None), (None, Some(2)), (Some(4), Some(2))] {
         let alone = Alone::begin();
+        let began = Instant::now();
         let what = format!("{here:?} channels to {there:?}");
         {
             let config = config(&CASE);
@@ -319,6 +320,7 @@ fn sides_that_do_not_agree_leave_the_guest_where_it_is() {
             }
             assert!(!destination.runs(), "{what}");
             source.expect_healthy(&what);
+            eprintln!("{what}: {:?}", began.elapsed());
         }
         alone.expect_nothing_left(&what);
     }
