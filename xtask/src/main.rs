@@ -14,6 +14,7 @@ use crate::workspace::Workspace;
 mod bench;
 mod fuzz;
 mod peers;
+mod soak;
 mod step;
 mod test;
 mod tools;
@@ -37,6 +38,8 @@ enum Habit {
     Peers(peers::Args),
     /// Every fuzz target for a while, from the seeds and what earlier runs found
     Fuzz(fuzz::Args),
+    /// A guest that checks itself, moved back and forth hundreds of times by roads drawn from a seed
+    Soak(soak::Args),
     /// Measurements, ours and the peer's interleaved
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Habit::Ci(args) => test::run(&workspace, &args, true),
         Habit::Peers(args) => peers::run(&workspace, &args),
         Habit::Fuzz(args) => fuzz::run(&workspace, &args),
+        Habit::Soak(args) => soak::run(&workspace, &args),
         Habit::Bench(which) => bench::run(&workspace, &which),
     });
     match done {

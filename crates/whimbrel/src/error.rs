@@ -63,6 +63,33 @@ pub enum Error {
         /// What should have come next.
         expected: String,
     },
+    /// A secret channel broke, or was cut, before the peer had said that nothing more comes.
+    #[error(
+        "{channel} channel, byte {offset}: the connection ends here, without the close_notify by \
+         which TLS tells an end from a cut: see what the other side says"
+    )]
+    Truncated {
+        /// The channel's name.
+        channel: &'static str,
+        /// How many bytes had come.
+        offset: u64,
+    },
+    /// The TLS of a channel failed.
+    #[error("{channel} channel, TLS: {reason}")]
+    Tls {
+        /// The channel's name.
+        channel: &'static str,
+        /// What is wrong, and what to do.
+        reason: String,
+    },
+    /// TLS credentials cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Credentials {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// An address could not be reached, bound or opened.
     #[error("{address}: {source}{hint}")]
     Open {

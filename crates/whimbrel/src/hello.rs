@@ -23,9 +23,16 @@ impl Features {
     /// Multifd channels go on in postcopy, behind one round more.
     pub(crate) const MULTIFD_GOES_ON: Features = Features(4);
 
+    /// Each multifd packet is packed by whatever method it names.
+    pub(crate) const ANY_METHOD: Features = Features(8);
+
     /// What this version can do.
-    pub(crate) const ALL: Features =
-        Features(Features::SMALL_PIECES.0 | Features::RUN_APART.0 | Features::MULTIFD_GOES_ON.0);
+    pub(crate) const ALL: Features = Features(
+        Features::SMALL_PIECES.0
+            | Features::RUN_APART.0
+            | Features::MULTIFD_GOES_ON.0
+            | Features::ANY_METHOD.0,
+    );
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.
     pub(crate) fn of_destination(small_pieces: bool) -> Features {

@@ -32,6 +32,7 @@ pub mod kept;
 mod latency;
 mod loaders;
 mod migrator;
+mod objects;
 mod packing;
 mod plan;
 mod report;
@@ -42,9 +43,14 @@ mod vm;
 mod worker;
 
 pub use address::{Address, AddressError, MigrationAddress, MigrationChannel, SocketAddress};
+pub use channel::tls::{
+    Authorization, Format as AuthorizationFormat, Policy as AuthorizationPolicy, TlsCredentials,
+    TlsEndpoint, TlsOptions,
+};
 pub use error::Error;
 pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
+pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
     Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,

@@ -3,10 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
-use crate::channel::Listener;
+use crate::channel::{Listener, Route};
 use crate::destination::live;
 use crate::error::Error;
 use crate::guest::Guest;
+use crate::objects::{Object, Objects};
 use crate::report::{Report, Side};
 use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
@@ -35,6 +36,7 @@ pub struct Migrator {
     guest: Arc<Guest>,
     autostart: bool,
     parameters: Arc<Mutex<Parameters>>,
+    objects: Mutex<Objects>,
     inner: Mutex<Inner>,
 }
 
@@ -92,6 +94,7 @@ impl Migrator {
             guest: Arc::new(Guest::new(vm, state)),
             autostart,
             parameters: Arc::default(),
+            objects: Mutex::default(),
             inner: Mutex::default(),
         }
     }
@@ -163,6 +166,33 @@ impl Migrator {
         Ok(())
     }
 
+    /// Adds what parameters can name by `id` (`object-add`).
+    pub fn add_object(&self, id: &str, object: impl Into<Object>) -> Result<(), Error> {
+        self.objects().add(id, object.into())
+    }
+
+    /// Removes what was added under `id` (`object-del`).
+    pub fn remove_object(&self, id: &str) -> Result<(), Error> {
+        self.objects().remove(id)
+    }
+
+    fn objects(&self) -> MutexGuard<'_, Objects> {
+        // Whole values are stored under the lock.
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn route(&self, address: Address, capabilities: Capabilities) -> Result<Route, Error> {
+        let tls = self.objects().client(&address, &self.parameters())?;
+        if tls.is_some() && capabilities.has(Capability::ZeroCopySend) {
+            return Err(Error::Refused(
+                "capability 'zero-copy-send' is not compatible with TLS: what is encrypted has to \
+                 be copied"
+                    .into(),
+            ));
+        }
+        Ok(Route { address, tls })
+    }
+
     /// Starts moving the guest to `address`. Errors from connecting on are in
     /// [`info`](Migrator::info).
     pub fn migrate(&self, address: Address) -> Result<(), Error> {
@@ -179,12 +209,13 @@ impl Migrator {
             }
             _ => {}
         }
+        let route = self.route(address, inner.capabilities)?;
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
         let (postcopy, links) = (new_cancel()?, new_links()?);
         let report = Arc::new(Report::new(Side::Source));
         let job = source::Job {
             guest: self.guest.clone(),
-            address,
+            route,
             capabilities: inner.capabilities,
             parameters: self.parameters.clone(),
             report: report.clone(),
@@ -217,12 +248,15 @@ impl Migrator {
         self.refuse_incoming(&self.lock())?;
         let cancel = new_cancel()?;
         // A name may have to be looked up: not with the lock held.
-        let listener = Listener::bind(address, &cancel)?;
+        let tls = self.objects().server(&self.parameters())?;
+        let listener = Listener::bind(address, &cancel)?.secured(tls);
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
         let (postcopy, links) = (new_cancel()?, new_links()?);
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
+        let told = report.clone();
+        let listener = listener.telling(move |reason| told.set_error(reason.to_string()));
         let listener = listener.joined(&links);
         let job = live::Job {
             guest: self.guest.clone(),

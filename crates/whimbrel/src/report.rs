@@ -169,6 +169,11 @@ impl Report {
         self.with(|slow| slow.error = Some(error));
     }
 
+    /// Whatever was wrong before, it is not any more.
+    pub(crate) fn forget_error(&self) {
+        self.with(|slow| slow.error = None);
+    }
+
     pub(crate) fn setup_is_done(&self) {
         let elapsed = self.elapsed_ms();
         self.with(|slow| slow.setup_ms = Some(elapsed));

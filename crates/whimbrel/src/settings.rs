@@ -175,6 +175,13 @@ pub enum ZeroPageDetection {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
 pub struct Parameters {
+    /// The identifier of the TLS credentials, of endpoint `client` at a source and `server` at a
+    /// destination; empty is without TLS.
+    pub tls_creds: String,
+    /// Whom the destination's certificate has to be for; empty for the host in its address.
+    pub tls_hostname: String,
+    /// The identifier of who may migrate into here; empty lets in every certificate of the CA.
+    pub tls_authz: String,
     /// Dirtied bytes, as a percentage of those sent, from which auto-converge acts. 1 to 100.
     pub throttle_trigger_threshold: u8,
     /// The first slow-down, in percent. 1 to 99.
@@ -210,6 +217,9 @@ pub struct Parameters {
 impl Default for Parameters {
     fn default() -> Parameters {
         Parameters {
+            tls_creds: String::new(),
+            tls_hostname: String::new(),
+            tls_authz: String::new(),
             throttle_trigger_threshold: 50,
             cpu_throttle_initial: 20,
             cpu_throttle_increment: 10,

@@ -8,4 +8,5 @@ mod kept_in_parallel;
 mod postcopy;
 mod process;
 mod qmp;
+mod stalled;
 mod stream;

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use crate::copy::copy;
 use crate::{BlockError, RamBlock};
 
 mod zero_copy;
@@ -149,6 +150,24 @@ impl Gather<'_> {
         self.moved(written)
     }
 
+    /// Copies what is next into `buffer`, for what has to see the bytes before the kernel does;
+    /// gives how many there were, or fitted. Guest memory may be written meanwhile: the copy holds
+    /// one version of each byte, and nobody looks at the original again.
+    pub fn copy_to(&mut self, buffer: &mut [u8]) -> usize {
+        let mut done = 0;
+        while done < buffer.len() && self.0.bytes_left > 0 {
+            let piece = self.0.pieces[self.0.done];
+            let to = &mut buffer[done..];
+            let len = piece.iov_len.min(to.len());
+            // SAFETY: `piece` is memory borrowed for as long as `self`, of which at least `len` bytes
+            // are left; `to` is borrowed mutably, so that they cannot overlap.
+            unsafe { copy(piece.iov_base.cast_const().cast(), to.as_mut_ptr(), len) };
+            self.0.advance(len);
+            done += len;
+        }
+        done
+    }
+
     /// One `pwritev`, at byte `at` of a file that can be sought; others may use it meanwhile.
     pub fn write_at(&mut self, file: BorrowedFd<'_>, at: u64) -> io::Result<usize> {
         let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
@@ -199,6 +218,23 @@ impl<'a> Scatter<'a> {
     /// How many separate pieces are still to be filled.
     pub fn pieces_left(&self) -> usize {
         self.0.pieces_left()
+    }
+
+    /// Fills what is next from `bytes`; gives how many were taken.
+    pub fn copy_from(&mut self, bytes: &[u8]) -> usize {
+        let mut done = 0;
+        while done < bytes.len() && self.0.bytes_left > 0 {
+            let piece = self.0.pieces[self.0.done];
+            let from = &bytes[done..];
+            let len = piece.iov_len.min(from.len());
+            // SAFETY: `piece` is a buffer borrowed mutably, or guest memory inside its block, for as
+            // long as `self`, and at least `len` bytes of it are left; `from` is another borrow, so
+            // that they cannot overlap.
+            unsafe { copy(from.as_ptr(), piece.iov_base.cast(), len) };
+            self.0.advance(len);
+            done += len;
+        }
+        done
     }
 
     /// One `readv`; gives the bytes that came, 0 at the end of the stream.
@@ -268,5 +304,46 @@ mod tests {
         assert!(before == [0; 4096] && both[..4096] == [7; 4096] && both[4096..] == [9; 4096]);
         assert!(after[..4096] == [0; 4096] && after[4096..] == [1; 4096]);
         assert!(Gather::new().write_at(file.as_fd(), u64::MAX).is_err(), "no such place");
+    }
+
+    fn block() -> RamBlock {
+        RamBlock::anonymous("ram", 0, 2 * 4096).unwrap()
+    }
+
+    #[test]
+    fn bytes_are_copied_in_order_whatever_the_pieces() {
+        let block = block();
+        let content: Vec<u8> = (0..8192u32).map(|at| (at % 251) as u8).collect();
+        block.write(0, &content).unwrap();
+        let mut pieces = Gather::new();
+        pieces.push_bytes(b"head");
+        pieces.push_guest(&block, 100, 5000).unwrap();
+        pieces.push_bytes(b"tail");
+        let expected = [b"head", &content[100..5100], b"tail"].concat();
+        let mut copied = Vec::new();
+        let mut buffer = [0; 777];
+        while pieces.bytes_left() > 0 {
+            let got = pieces.copy_to(&mut buffer);
+            copied.extend_from_slice(&buffer[..got]);
+        }
+        assert_eq!(copied, expected);
+        assert_eq!(pieces.copy_to(&mut buffer), 0);
+
+        let other = self::block();
+        let (mut head, mut tail) = ([0; 4], [0; 4]);
+        let mut places = Scatter::new();
+        places.push_buffer(&mut head);
+        places.push_guest(&other, 200, 5000).unwrap();
+        places.push_buffer(&mut tail);
+        let mut from = &*expected;
+        while places.bytes_left() > 0 {
+            let taken = places.copy_from(&from[..from.len().min(1000)]);
+            from = &from[taken..];
+        }
+        assert_eq!(places.copy_from(b"more"), 0);
+        drop(places);
+        let mut found = vec![0; 5000];
+        other.read(200, &mut found).unwrap();
+        assert_eq!((&head, &*found, &tail), (b"head", &content[100..5100], b"tail"));
     }
 }

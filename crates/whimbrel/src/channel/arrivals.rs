@@ -3,21 +3,18 @@
 //! A source with multifd connects several times, and the connections arrive in any order. What one
 //! of them is for, its first bytes say; one that says nothing keeps nobody waiting.
 
-use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use whimbrel_wire::ChannelKind;
 use whimbrel_wire::multifd::{MultifdDecoded, MultifdDecoder, MultifdInit};
 
-use super::{Channel, Listener, name};
+use super::waiting::Waiting;
+use super::{Channel, Listener, name, tls};
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
 /// How long the source may take to connect one more channel, when it has begun to.
 const NEXT: Duration = Duration::from_secs(30);
-
-/// Connections that have not said what they are; the oldest go first.
-const SILENT_MAX: usize = 64;
 
 /// How often a connection of which a part of the first message has come is looked at again.
 const LOOK: Duration = Duration::from_millis(1);
@@ -37,6 +34,10 @@ pub(crate) struct Arrivals {
 /// What a connection turned out to be.
 enum Said {
     Nothing,
+    /// The first message, as far as it has come.
+    Part,
+    /// What it is not to say: another one is waited for.
+    Wrong(Error),
     Main,
     Multifd(MultifdInit),
     Gone,
@@ -65,15 +66,17 @@ impl Arrivals {
             main: None,
             multifd: std::iter::repeat_with(|| None).take(multifd.into()).collect(),
             uuid: None,
-            silent: Vec::new(),
+            silent: listener.take_waiting(),
             last: None,
         };
         while !gathering.is_complete() {
             gathering.step(listener, &stop)?;
         }
-        let Gathering { main: Some(main), multifd, uuid, .. } = gathering else {
+        let Gathering { main: Some(main), multifd, uuid, silent, .. } = gathering else {
             unreachable!("complete");
         };
+        // It may be the urgent channel, which need not say anything.
+        listener.leave_waiting(silent);
         let multifd = multifd.into_iter().flatten().map(|(channel, _)| channel).collect();
         Ok(Arrivals { main, multifd, uuid: uuid.unwrap_or_default(), stop })
     }
@@ -83,7 +86,7 @@ struct Gathering {
     main: Option<Channel>,
     multifd: Vec<Option<(Channel, MultifdInit)>>,
     uuid: Option<[u8; 16]>,
-    silent: Vec<Channel>,
+    silent: Waiting,
     /// When the last channel was known.
     last: Option<Instant>,
 }
@@ -95,40 +98,36 @@ impl Gathering {
 
     fn step(&mut self, listener: &Listener, stop: &Cancel) -> Result<(), Error> {
         let left = match self.last {
-            None => Duration::MAX,
+            None => None,
             Some(last) => match NEXT.checked_sub(last.elapsed()) {
-                Some(left) => left,
-                None => return Err(self.missing()),
+                Some(left) => Some(left),
+                None => return Err(self.missing(listener)),
             },
         };
-        let mut fds: Vec<_> = self.silent.iter().map(AsFd::as_fd).collect();
-        fds.extend(listener.as_fd());
-        match stop.wait_any(&fds, left).map_err(Error::system("waiting for connections"))? {
-            Woken::Cancelled => return Err(Error::Cancelled),
-            Woken::TimedOut => return Err(self.missing()),
-            Woken::Ready => {}
+        if self.silent.wait(listener, left, stop)? == Woken::TimedOut {
+            return Err(self.missing(listener));
         }
-        let before = self.silent.len();
-        while let Some(channel) = listener.accept_now("multifd", stop)? {
-            if self.silent.len() == SILENT_MAX {
-                self.silent.remove(0);
-            }
-            self.silent.push(channel);
-        }
-        let mut progress = self.silent.len() != before;
-        for mut channel in std::mem::take(&mut self.silent) {
+        let mut progress = self.silent.admit(listener, "multifd", stop)?;
+        let mut partly = false;
+        for mut channel in self.silent.take_all() {
             match hear(&mut channel)? {
                 Said::Nothing => {
-                    self.silent.push(channel);
+                    self.silent.keep(channel);
                     continue;
                 }
+                Said::Part => {
+                    partly = true;
+                    self.silent.keep(channel);
+                    continue;
+                }
+                Said::Wrong(reason) => listener.refuse(&reason),
                 Said::Gone => {}
                 Said::Main => self.take_main(channel)?,
                 Said::Multifd(init) => self.take_multifd(channel, init)?,
             }
             progress = true;
         }
-        if !progress {
+        if partly && !progress {
             // A part of a message is there, for which `poll` does not wait.
             stop.sleep(LOOK).map_err(Error::system("waiting"))?;
         }
@@ -166,7 +165,7 @@ impl Gathering {
         Ok(())
     }
 
-    fn missing(&self) -> Error {
+    fn missing(&self, listener: &Listener) -> Error {
         let missing: Vec<&str> = std::iter::once(self.main.is_none().then_some("main"))
             .chain(
                 (0u8..)
@@ -182,26 +181,38 @@ impl Gathering {
         };
         Error::Refused(format!(
             "{channel} channel: it has not connected within {} s of the others{what}: set \
-             capability multifd and the same multifd-channels on both sides",
-            NEXT.as_secs()
+             capability multifd and the same multifd-channels on both sides{}",
+            NEXT.as_secs(),
+            listener.last_refusal()
         ))
     }
 }
 
 /// What the connection has said of itself by now.
 fn hear(channel: &mut Channel) -> Result<Said, Error> {
+    match channel.handshake() {
+        Ok(None) => {}
+        Ok(Some(_)) => return Ok(Said::Nothing),
+        Err(reason) => return Ok(Said::Wrong(reason)),
+    }
     let mut first = [0; MultifdInit::LEN];
     let bytes = match channel.peek(&mut first) {
         Ok(None) => return Ok(Said::Nothing),
         // Whoever it was, it took nothing with it.
-        Ok(Some(0)) | Err(Error::Channel { .. }) => return Ok(Said::Gone),
+        Ok(Some(0)) | Err(Error::Channel { .. } | Error::Truncated { .. }) => {
+            return Ok(Said::Gone);
+        }
+        Err(reason @ Error::Tls { .. }) => return Ok(Said::Wrong(reason)),
         Ok(Some(bytes)) => bytes,
         Err(error) => return Err(error),
     };
-    let Some(magic) = first[..bytes].first_chunk() else { return Ok(Said::Nothing) };
+    let Some(magic) = first[..bytes].first_chunk() else { return Ok(Said::Part) };
+    if tls::is_spoken_by(magic) {
+        return Err(channel.tls_error(tls::UNEXPECTED.into()));
+    }
     match ChannelKind::of(*magic) {
         Some(ChannelKind::Main) => Ok(Said::Main),
-        Some(ChannelKind::Multifd) if bytes < MultifdInit::LEN => Ok(Said::Nothing),
+        Some(ChannelKind::Multifd) if bytes < MultifdInit::LEN => Ok(Said::Part),
         Some(ChannelKind::Multifd) => {
             let mut decoder = MultifdDecoder::new(whimbrel_wire::TargetPage::FOUR_KIB);
             let (_, decoded) = decoder

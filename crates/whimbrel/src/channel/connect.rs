@@ -10,13 +10,39 @@ use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::end::End;
+use super::tls::TlsClient;
 use super::{Channel, Kind, exec, fd, file, hint};
 use crate::address::Address;
 use crate::error::Error;
 use crate::worker::{Cancel, Links, Woken};
 
-/// Connects to (or creates) what `address` names, for writing: the channel `name`, one of `links`.
-pub(crate) fn connect(
+/// Where channels go, and how.
+#[derive(Clone, Debug)]
+pub(crate) struct Route {
+    pub(crate) address: Address,
+    /// With it, every channel is secret.
+    pub(crate) tls: Option<TlsClient>,
+}
+
+impl Route {
+    /// Connects to (or creates) what the address names, for writing: the channel `name`, one of
+    /// `links`.
+    pub(crate) fn connect(
+        &self,
+        name: &'static str,
+        cancel: &Cancel,
+        links: &Links,
+    ) -> Result<Channel, Error> {
+        let mut channel = open(name, &self.address, cancel, links)?;
+        if let Some(tls) = &self.tls {
+            channel.secure_as_client(tls)?;
+            channel.finish_handshake()?;
+        }
+        Ok(channel)
+    }
+}
+
+fn open(
     name: &'static str,
     address: &Address,
     cancel: &Cancel,

@@ -9,17 +9,18 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use rustix::event::PollFlags;
 use whimbrel_wire::ChannelKind;
 
 use super::connect::open_error;
+use super::tls::TlsServer;
+use super::waiting::Waiting;
 use super::{Channel, Kind, end, exec, fd, file};
 use crate::address::Address;
 use crate::error::Error;
 use crate::status::SocketAddressInfo;
-use crate::worker::{Cancel, Links, Shut, Woken};
+use crate::worker::{Cancel, Links, Shut};
 
 /// A bound address that the source has not come to yet.
 #[derive(Debug)]
@@ -28,6 +29,24 @@ pub(crate) struct Listener {
     socket: Socket,
     /// What the channels that come belong to.
     links: Option<Links>,
+    /// With it, every channel is secret.
+    tls: Option<TlsServer>,
+    /// Connections that have come, and that nobody has waited for yet.
+    waiting: Mutex<Waiting>,
+    refusals: Refusals,
+}
+
+/// Connections that were turned away while others are waited for.
+#[derive(Default)]
+struct Refusals {
+    told: Option<Box<dyn Fn(&Error) + Send + Sync>>,
+    last: Mutex<Option<String>>,
+}
+
+impl std::fmt::Debug for Refusals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Refusals").field("last", &self.last).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -90,7 +109,50 @@ impl Listener {
             Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Ok(Socket::Direct),
         }
         .map_err(|source| open_error(address, source, cancel))?;
-        Ok(Listener { address: address.clone(), socket, links: None })
+        Ok(Listener {
+            address: address.clone(),
+            socket,
+            links: None,
+            tls: None,
+            waiting: Mutex::default(),
+            refusals: Refusals::default(),
+        })
+    }
+
+    /// With `tls`, every channel is secret, or it is none.
+    pub(crate) fn secured(self, tls: Option<TlsServer>) -> Listener {
+        Listener { tls, ..self }
+    }
+
+    /// Calls `told` with the reason whenever a connection is turned away and another one waited
+    /// for. It must not block.
+    pub(crate) fn telling(self, told: impl Fn(&Error) + Send + Sync + 'static) -> Listener {
+        let refusals = Refusals { told: Some(Box::new(told)), ..self.refusals };
+        Listener { refusals, ..self }
+    }
+
+    /// A connection has been turned away.
+    pub(super) fn refuse(&self, reason: &Error) {
+        *lock(&self.refusals.last) = Some(reason.to_string());
+        if let Some(told) = &self.refusals.told {
+            told(reason);
+        }
+    }
+
+    /// Why the last connection was turned away, for an error to end in.
+    pub(super) fn last_refusal(&self) -> String {
+        let last = lock(&self.refusals.last);
+        last.as_ref().map(|why| format!("; a connection was refused: {why}")).unwrap_or_default()
+    }
+
+    /// Takes over the connections that have come and have not been waited for.
+    pub(super) fn take_waiting(&self) -> Waiting {
+        std::mem::take(&mut lock(&self.waiting))
+    }
+
+    /// Leaves connections to whoever waits next.
+    pub(super) fn leave_waiting(&self, waiting: Waiting) {
+        *lock(&self.waiting) = waiting;
     }
 
     /// With the channels that come, and the wait for them, among a migration's connections.
@@ -140,10 +202,14 @@ impl Listener {
         match accepted {
             Ok((fd, kind)) => {
                 let channel = Channel::new(name, fd, kind, cancel).map_err(error)?;
-                Ok(Some(match &self.links {
+                let mut channel = match &self.links {
                     Some(links) => channel.joined(links),
                     None => channel,
-                }))
+                };
+                if let Some(tls) = &self.tls {
+                    channel.secure_as_server(tls)?;
+                }
+                Ok(Some(channel))
             }
             // One that went away between connecting and being accepted is none.
             Err(source)
@@ -161,7 +227,7 @@ impl Listener {
     /// Refuses a migration of which a multifd channel waits here to be accepted, where none is
     /// expected: its pages have gone nowhere.
     pub(crate) fn refuse_multifd(&self, cancel: &Cancel) -> Result<(), Error> {
-        while let Some(channel) = self.accept_now("multifd", cancel)? {
+        while let Some(mut channel) = self.accept_now("multifd", cancel)? {
             let mut first = [0; ChannelKind::BYTES];
             if let Ok(Some(ChannelKind::BYTES)) = channel.peek(&mut first)
                 && ChannelKind::of(first) == Some(ChannelKind::Multifd)
@@ -185,20 +251,25 @@ impl Listener {
         }
     }
 
-    /// Waits for the source's next channel, which gets `name`. The address is taken until the
-    /// listener goes.
+    /// Waits for the source's next channel, which gets `name`. One that has to show first who it is
+    /// delays no other by that. The address is taken until the listener goes.
     pub(crate) fn accept(&self, name: &'static str, cancel: &Cancel) -> Result<Channel, Error> {
-        loop {
-            if let Some(channel) = self.accept_now(name, cancel)? {
-                return Ok(channel);
+        let mut waiting = self.take_waiting();
+        let accepted = loop {
+            waiting.admit(self, name, cancel)?;
+            if let Some(channel) = waiting.next_known(self) {
+                break channel;
             }
-            let Some(listener) = self.as_fd() else { continue };
-            let woken = cancel.wait(listener, PollFlags::IN, None);
-            if woken.map_err(Error::system("waiting for a connection"))? == Woken::Cancelled {
-                return Err(Error::Cancelled);
-            }
-        }
+            waiting.wait(self, None, cancel)?;
+        };
+        self.leave_waiting(waiting);
+        Ok(accepted.known_as(name, cancel))
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Whole values are stored under it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn weak<S: Shut + 'static>(listener: &Arc<S>) -> Weak<dyn Shut> {

@@ -13,6 +13,8 @@ mod file;
 pub(crate) mod link;
 mod listen;
 pub(crate) mod name;
+pub(crate) mod tls;
+mod waiting;
 mod zero_copy;
 
 use std::io;
@@ -21,6 +23,7 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
+use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
@@ -30,9 +33,10 @@ use crate::worker::{Cancel, Links, Woken};
 use end::End;
 
 pub(crate) use arrivals::Arrivals;
-pub(crate) use connect::connect;
+pub(crate) use connect::Route;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
+use tls::{Fault, Handshake, Progress, Sent, Session, TlsClient, TlsServer};
 pub(crate) use zero_copy::ZeroCopy;
 
 /// What a channel is made of, and what has to happen at its end.
@@ -56,6 +60,18 @@ pub(crate) struct Channel {
     bytes_out: u64,
     /// Each write goes out apart from the next ([`link::hold`]).
     apart: bool,
+    security: Security,
+}
+
+/// Who can read a channel's bytes on their way.
+#[derive(Debug)]
+enum Security {
+    /// Everybody.
+    Plain,
+    /// Nobody will: until then nothing of the migration's is sent or received.
+    Handshake(Box<Handshake>),
+    /// Nobody.
+    Secret(Arc<Session>),
 }
 
 impl Channel {
@@ -75,14 +91,85 @@ impl Channel {
             bytes_in: 0,
             bytes_out: 0,
             apart: false,
+            security: Security::Plain,
         })
+    }
+
+    /// Begins the handshake of the side that has connected.
+    pub(crate) fn secure_as_client(&mut self, how: &TlsClient) -> Result<(), Error> {
+        self.begin_handshake(Handshake::connect(how))
+    }
+
+    /// Begins the handshake of the side that was connected to.
+    pub(crate) fn secure_as_server(&mut self, how: &TlsServer) -> Result<(), Error> {
+        self.begin_handshake(Handshake::accept(how))
+    }
+
+    fn begin_handshake(&mut self, handshake: Result<Handshake, String>) -> Result<(), Error> {
+        if !self.is_two_way() {
+            return Err(self.tls_error(
+                "a handshake needs a way back, which this transport has not: use tcp: or unix:, or \
+                 unset tls-creds"
+                    .into(),
+            ));
+        }
+        let handshake = handshake.map_err(|reason| self.tls_error(reason))?;
+        self.security = Security::Handshake(Box::new(handshake));
+        Ok(())
+    }
+
+    /// Goes on with the handshake, as far as that is possible without waiting; gives what the
+    /// descriptor has to be ready for before it can go on, or `None` when there is nothing to do.
+    pub(crate) fn handshake(&mut self) -> Result<Option<PollFlags>, Error> {
+        let Security::Handshake(handshake) = &mut self.security else { return Ok(None) };
+        match handshake.step(self.end.as_fd()) {
+            Ok(Progress::Needs(what)) => Ok(Some(what)),
+            Ok(Progress::Done(session)) => {
+                self.security = Security::Secret(Arc::new(session));
+                Ok(None)
+            }
+            Err(reason) => Err(self.tls_error(reason)),
+        }
+    }
+
+    /// When the handshake has to be over, if it is not.
+    pub(crate) fn handshake_deadline(&self) -> Option<Instant> {
+        match &self.security {
+            Security::Handshake(handshake) => Some(handshake.deadline()),
+            Security::Plain | Security::Secret(_) => None,
+        }
+    }
+
+    /// Goes through with the handshake, if there is one.
+    pub(crate) fn finish_handshake(&mut self) -> Result<(), Error> {
+        while let Some(what) = self.handshake()? {
+            let deadline = self.handshake_deadline().unwrap_or_else(Instant::now);
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.wait(what, Some(left)) {
+                Ok(Woken::Cancelled) => return Err(Error::Cancelled),
+                Ok(Woken::Ready | Woken::TimedOut) => {}
+                Err(error) => return Err(self.error(error, 0)),
+            }
+        }
+        Ok(())
+    }
+
+    fn session(&self) -> Option<Arc<Session>> {
+        match &self.security {
+            Security::Plain => None,
+            Security::Secret(session) => Some(session.clone()),
+            Security::Handshake(_) => {
+                unreachable!("whoever uses a channel has made it a secret one")
+            }
+        }
     }
 
     /// The same connection as a channel of its own, for the other direction.
     pub(crate) fn other_direction(&self, name: &'static str) -> Channel {
         let (end, cancel) = (self.end.clone(), self.cancel.clone());
         let kind = Kind::Socket;
-        Channel { name, end, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false }
+        let security = self.session().map_or(Security::Plain, Security::Secret);
+        Channel { name, end, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, security }
     }
 
     /// As one of a migration's connections, which [`Links::shut_down`] ends.
@@ -112,12 +199,29 @@ impl Channel {
     }
 
     /// What is there already, without taking it; `None` when nothing is, 0 at the end of the stream.
-    pub(crate) fn peek(&self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
-        match rustix::net::recv(&*self.end, buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Ok((_, bytes)) => Ok(Some(bytes)),
-            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => Ok(None),
-            Err(error) => Err(self.error(error.into(), self.bytes_in)),
+    pub(crate) fn peek(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, Error> {
+        if self.handshake()?.is_some() {
+            return Ok(None);
         }
+        let there = match self.session() {
+            Some(session) => session.peek(self.end.as_fd(), buffer),
+            None => {
+                let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+                match rustix::net::recv(&*self.end, buffer, flags) {
+                    Ok((_, bytes)) => Ok(Some(bytes)),
+                    Err(Errno::AGAIN | Errno::INTR) => Ok(None),
+                    Err(error) => Err(Fault::System(error.into())),
+                }
+            }
+        };
+        there.map_err(|fault| self.fault(fault, self.bytes_in))
+    }
+
+    /// It is known now what the channel is for, and what ends its waits.
+    fn known_as(mut self, name: &'static str, cancel: &Cancel) -> Channel {
+        self.rename(name);
+        self.heed(cancel.clone());
+        self
     }
 
     /// It is known now what the channel is for.
@@ -145,8 +249,12 @@ impl Channel {
         matches!(self.kind, Kind::File(_))
     }
 
-    /// Writes all of `pieces`.
+    /// Writes all of `pieces`. What has not gone out as a whole when this fails, the peer can, on a
+    /// secret channel, read nothing of.
     pub(crate) fn send(&mut self, pieces: &mut Gather<'_>) -> Result<(), Error> {
+        if let Some(session) = self.session() {
+            return self.send_secretly(&session, pieces);
+        }
         while pieces.bytes_left() > 0 {
             self.check(self.bytes_out)?;
             let sent = match self.kind {
@@ -161,6 +269,24 @@ impl Channel {
         Ok(())
     }
 
+    fn send_secretly(&mut self, session: &Session, pieces: &mut Gather<'_>) -> Result<(), Error> {
+        loop {
+            self.check(self.bytes_out)?;
+            match session.send(self.end.as_fd(), pieces, self.apart) {
+                Ok(Sent::All) => return Ok(()),
+                Ok(Sent::Some(bytes)) => self.bytes_out += bytes as u64,
+                Err(Fault::System(error)) if is_passing(&error) => {
+                    self.wait_after(error, PollFlags::OUT, self.bytes_out)?;
+                }
+                Err(fault) => {
+                    // The reason often lies unread on the other direction.
+                    let said = session.last_word(self.end.as_fd());
+                    return Err(self.fault(said.unwrap_or(fault), self.bytes_out));
+                }
+            }
+        }
+    }
+
     /// Writes all of `bytes`.
     pub(crate) fn send_bytes(&mut self, bytes: &[u8]) -> Result<(), Error> {
         let mut pieces = Gather::new();
@@ -171,17 +297,41 @@ impl Channel {
     /// Fills some of `pieces`, waiting for the first byte; 0 at the end of the stream.
     pub(crate) fn receive(&mut self, pieces: &mut Scatter<'_>) -> Result<usize, Error> {
         loop {
+            if let Some(bytes) = self.try_receive(pieces)? {
+                return Ok(bytes);
+            }
+            self.wait_for(PollFlags::IN, self.bytes_in)?;
+        }
+    }
+
+    /// Fills some of `pieces` with what is there; `None` when nothing is, and then the descriptor
+    /// tells when something may be. Never waits.
+    ///
+    /// Only this, and not the descriptor alone, tells whether there is something to be received: a
+    /// secret channel may hold what has been read from the descriptor, and what has been read may
+    /// be nothing yet.
+    pub(crate) fn try_receive(&mut self, pieces: &mut Scatter<'_>) -> Result<Option<usize>, Error> {
+        self.check(self.bytes_in)?;
+        let received = match self.session() {
+            Some(session) => session.receive(self.end.as_fd(), pieces),
+            None => self.try_read(pieces).map_err(Fault::System),
+        };
+        let received = received.map_err(|fault| self.fault(fault, self.bytes_in))?;
+        if received == Some(0) {
+            // Not the other side's doing, where it was shut down here.
             self.check(self.bytes_in)?;
+        }
+        self.bytes_in += received.unwrap_or(0) as u64;
+        Ok(received)
+    }
+
+    fn try_read(&self, pieces: &mut Scatter<'_>) -> io::Result<Option<usize>> {
+        loop {
             match pieces.read(self.end.as_fd()) {
-                Ok(bytes) => {
-                    if bytes == 0 {
-                        // Not the other side's doing, where it was shut down here.
-                        self.check(self.bytes_in)?;
-                    }
-                    self.bytes_in += bytes as u64;
-                    return Ok(bytes);
-                }
-                Err(error) => self.wait_after(error, PollFlags::IN, self.bytes_in)?,
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
     }
@@ -192,17 +342,18 @@ impl Channel {
         buffer: &mut [u8],
         deadline: Instant,
     ) -> Result<Option<usize>, Error> {
-        let timeout = deadline.saturating_duration_since(Instant::now());
-        let woken = self
-            .wait(PollFlags::IN, Some(timeout))
-            .map_err(|source| self.error(source, self.bytes_in))?;
-        match woken {
-            Woken::Cancelled => Err(Error::Cancelled),
-            Woken::TimedOut => Ok(None),
-            Woken::Ready => {
-                let mut pieces = Scatter::new();
-                pieces.push_buffer(buffer);
-                self.receive(&mut pieces).map(Some)
+        loop {
+            let mut pieces = Scatter::new();
+            pieces.push_buffer(buffer);
+            if let Some(bytes) = self.try_receive(&mut pieces)? {
+                return Ok(Some(bytes));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.wait(PollFlags::IN, Some(left)) {
+                Ok(Woken::Cancelled) => return Err(Error::Cancelled),
+                Ok(Woken::TimedOut) => return Ok(None),
+                Ok(Woken::Ready) => {}
+                Err(error) => return Err(self.error(error, self.bytes_in)),
             }
         }
     }
@@ -227,17 +378,36 @@ impl Channel {
     fn wait_after(&self, error: io::Error, ready: PollFlags, offset: u64) -> Result<(), Error> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock => match self.wait(ready, None) {
-                Ok(Woken::Cancelled) => Err(Error::Cancelled),
-                Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
-                Err(error) => Err(self.error(error, offset)),
-            },
+            io::ErrorKind::WouldBlock => self.wait_for(ready, offset),
             _ => Err(self.error(error, offset)),
+        }
+    }
+
+    fn wait_for(&self, ready: PollFlags, offset: u64) -> Result<(), Error> {
+        match self.wait(ready, None) {
+            Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+            Err(error) => Err(self.error(error, offset)),
         }
     }
 
     fn error(&self, source: io::Error, offset: u64) -> Error {
         Error::Channel { channel: self.name, offset, source: self.end.cause(source) }
+    }
+
+    fn fault(&self, fault: Fault, offset: u64) -> Error {
+        match fault {
+            Fault::System(source) => self.error(source, offset),
+            Fault::Truncated => match self.check(offset) {
+                Ok(()) => Error::Truncated { channel: self.name, offset },
+                Err(reason) => reason,
+            },
+            other => self.tls_error(format!("byte {offset}: {}", tls::explain(&other))),
+        }
+    }
+
+    fn tls_error(&self, reason: String) -> Error {
+        Error::Tls { channel: self.name, reason }
     }
 
     /// Sleeps, unless cancelled.
@@ -250,7 +420,8 @@ impl Channel {
     }
 
     /// Everything was written or read: closes, keeps the file, waits for the command.
-    pub(crate) fn finish(self) -> Result<(), Error> {
+    pub(crate) fn finish(mut self) -> Result<(), Error> {
+        self.say_goodbye();
         let offset = self.bytes_out;
         match self.kind {
             Kind::Socket | Kind::Pipe => Ok(()),
@@ -266,6 +437,37 @@ impl Channel {
             }
         }
     }
+}
+
+impl Channel {
+    /// On a secret channel, says that this was all: a peer may insist on it. Whoever does not read
+    /// it, or has gone, has what matters already.
+    fn say_goodbye(&mut self) {
+        let Security::Secret(session) = &self.security else { return };
+        session.end();
+        let deadline = Instant::now() + GOODBYE;
+        loop {
+            match session.send(self.end.as_fd(), &mut Gather::new(), false) {
+                Ok(Sent::Some(_)) => {}
+                Err(Fault::System(error)) if is_passing(&error) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let woken = self.wait(PollFlags::OUT, Some(left));
+                    if !matches!(woken, Ok(Woken::Ready)) {
+                        return;
+                    }
+                }
+                Ok(Sent::All) | Err(_) => return,
+            }
+        }
+    }
+}
+
+/// How long a peer may take to read that this was all.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Whether it is not an error but a matter of time.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }
 
 impl AsFd for Channel {

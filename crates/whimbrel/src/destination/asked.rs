@@ -234,20 +234,26 @@ impl Asked {
 
 impl FaultReport for Asked {
     fn tell(&self, info: &mut MigrationInfo) {
-        let table = self.lock();
+        // Copied, and only then looked through: whoever places a page that is waited for needs the
+        // table.
+        let (all, asked, waited, placed, asked_again) = {
+            let table = self.lock();
+            if info.status == Some(MigrationStatus::Completed) && table.blocktime.is_kept() {
+                info.postcopy_latency = Some(table.all.mean_ns());
+                info.postcopy_latency_dist = Some(table.dist.to_vec());
+                table.blocktime.tell(info);
+            }
+            let Table { all, asked, waited, placed, asked_again, .. } = &*table;
+            (all.clone(), asked.clone(), waited.clone(), placed.clone(), *asked_again)
+        };
         info.faults = Some(FaultStats {
-            count: table.all.count(),
-            latency_us: table.all.summary(),
-            asked_us: table.asked.summary(),
-            waited_us: table.waited.summary(),
-            placed_us: table.placed.summary(),
-            asked_again: table.asked_again,
+            count: all.count(),
+            latency_us: all.summary(),
+            asked_us: asked.summary(),
+            waited_us: waited.summary(),
+            placed_us: placed.summary(),
+            asked_again,
             came_twice: self.came_twice.load(Ordering::Relaxed),
         });
-        if info.status == Some(MigrationStatus::Completed) && table.blocktime.is_kept() {
-            info.postcopy_latency = Some(table.all.mean_ns());
-            info.postcopy_latency_dist = Some(table.dist.to_vec());
-            table.blocktime.tell(info);
-        }
     }
 }

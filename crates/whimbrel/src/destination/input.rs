@@ -7,7 +7,7 @@ use whimbrel_ram::kernel_copy::Scatter;
 use whimbrel_ram::{RamBlock, TARGET_PAGE};
 use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
 
-use crate::channel::Channel;
+use crate::channel::{Channel, tls};
 use crate::error::Error;
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -53,7 +53,7 @@ impl Input {
             let (used, decoded) = self
                 .decoder
                 .decode(&self.buffer[self.start..self.end])
-                .map_err(|source| Error::Protocol { channel: self.channel.name(), source })?;
+                .map_err(|source| self.wrong(source))?;
             self.start += used;
             let Decoded::NeedMore(_) = decoded else { return Ok(Some(decoded)) };
             // The decoder may have taken the first part of something, and not have seen the rest.
@@ -69,13 +69,28 @@ impl Input {
         }
     }
 
+    /// What was received means nothing.
+    fn wrong(&self, source: whimbrel_wire::Error) -> Error {
+        let first = &self.buffer[self.start..self.end];
+        match self.decoder.offset() == 0 && tls::is_spoken_by(first) {
+            true => Error::Tls { channel: self.channel.name(), reason: tls::UNEXPECTED.into() },
+            false => Error::Protocol { channel: self.channel.name(), source },
+        }
+    }
+
+    /// Reads once what is there; 0 at the end of the stream, `None` when nothing is.
+    fn try_fill(&mut self) -> Result<Option<usize>, Error> {
+        let mut pieces = Scatter::new();
+        pieces.push_buffer(make_room(&mut self.buffer, &mut self.start, &mut self.end));
+        let bytes = self.channel.try_receive(&mut pieces)?;
+        self.end += bytes.unwrap_or(0);
+        Ok(bytes)
+    }
+
     /// Reads once; 0 at the end of the stream.
     fn fill(&mut self) -> Result<usize, Error> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
         let mut pieces = Scatter::new();
-        pieces.push_buffer(&mut self.buffer[self.end..]);
+        pieces.push_buffer(make_room(&mut self.buffer, &mut self.start, &mut self.end));
         let bytes = self.channel.receive(&mut pieces)?;
         self.end += bytes;
         Ok(bytes)
@@ -162,17 +177,18 @@ impl Input {
         Ok(())
     }
 
-    /// Reads until so many bytes are held, after `wait` for each time there is something to be read;
-    /// false at the end of the stream.
+    /// Reads until so many bytes are held, and calls `wait` whenever there is nothing to be read, to
+    /// return when there may be; false at the end of the stream.
     pub(super) fn hold(
         &mut self,
         bytes: usize,
         mut wait: impl FnMut(BorrowedFd<'_>) -> Result<(), Error>,
     ) -> Result<bool, Error> {
         while !self.holds(bytes) {
-            wait(self.channel.as_fd())?;
-            if self.fill()? == 0 {
-                return Ok(false);
+            match self.try_fill()? {
+                Some(0) => return Ok(false),
+                Some(_) => {}
+                None => wait(self.channel.as_fd())?,
             }
         }
         Ok(true)
@@ -227,4 +243,11 @@ impl Input {
         self.start += here;
         Ok(here)
     }
+}
+
+/// Moves what is held in `start..end` to the front of the buffer; gives the room behind it.
+fn make_room<'b>(buffer: &'b mut [u8], start: &mut usize, end: &mut usize) -> &'b mut [u8] {
+    buffer.copy_within(*start..*end, 0);
+    (*start, *end) = (0, *end - *start);
+    &mut buffer[*end..]
 }

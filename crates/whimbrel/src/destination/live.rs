@@ -72,6 +72,7 @@ pub(crate) fn run(job: &Job, listener: Listener) {
 
 fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     let arrivals = Arrivals::wait(&listener, job.multifd, &job.cancel)?;
+    job.report.forget_error(); // It was that of a connection that was turned away.
     job.check_uuid(&arrivals)?;
     job.set_status(MigrationStatus::Active);
     let mut incoming = Incoming::new(arrivals);

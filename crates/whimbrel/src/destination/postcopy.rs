@@ -274,7 +274,7 @@ fn receive(
                 };
                 scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
             }
-            for (number, mut channel) in (0u8..).zip(taken) {
+            for (mut channel, number) in taken.into_iter().zip(0u8..) {
                 channel.heed(shared.stop.clone());
                 let arriving = &arriving;
                 let body = move || shared.check_beside(rest::run(channel, number, arriving));
@@ -419,11 +419,14 @@ fn take_urgent(
     stop: &Cancel,
 ) -> Result<(), Error> {
     let channel = listener.accept("urgent", stop)?;
-    match Urgent::new(channel, announced, arriving).run(arriving)? {
-        urgent::Ended::Closed if !arriving.is_complete() => Err(Error::Refused(
+    match Urgent::new(channel, announced, arriving).run(arriving) {
+        // A source may close it when it has sent all: QEMU does, without a word.
+        Err(Error::Truncated { .. }) if arriving.is_complete() => Ok(()),
+        Err(error) => Err(error),
+        Ok(urgent::Ended::Closed) if !arriving.is_complete() => Err(Error::Refused(
             "urgent channel: the source closed it before every page had come".into(),
         )),
-        urgent::Ended::Closed | urgent::Ended::Mark => Ok(()),
+        Ok(urgent::Ended::Closed | urgent::Ended::Mark) => Ok(()),
     }
 }
 

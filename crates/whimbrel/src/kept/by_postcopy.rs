@@ -8,7 +8,6 @@ use super::restore::{Restoring, announce};
 use super::supply::Supply;
 use super::{KeptVm, machine};
 use crate::address::Address;
-use crate::channel;
 use crate::error::Error;
 use crate::settings::Parameters;
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
@@ -51,7 +50,8 @@ pub(super) fn send(
     let ends_with_mark = machine::is_up_to((7, 2), &vm.machine());
     let prepare = || {
         let units = units(vm, &how.page_sizes)?;
-        let channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
+        let route = restoring.route(address)?;
+        let channel = route.connect("main", &restoring.cancel, &restoring.links)?;
         if !channel.is_two_way() {
             return Err(Error::Refused(format!(
                 "{address}: postcopy needs a way back, which this transport has not: \
@@ -60,7 +60,7 @@ pub(super) fn send(
         }
         let unit = |block: BlockIndex| units[block.index()];
         let mut stream = announce(vm, &vm.ram, channel, (true, None), &unit, report)?;
-        let open = || postcopy::open_urgent(address, &restoring.cancel, &restoring.links);
+        let open = || postcopy::open_urgent(&route, &restoring.cancel, &restoring.links);
         // A QEMU up to 7.2 waits for this connection before it reads anything.
         let early = if how.preempt && ends_with_mark { Some(open()?) } else { None };
         let answers = stream.answers.as_mut().expect("the channel is two-way");

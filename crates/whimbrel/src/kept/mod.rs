@@ -32,6 +32,7 @@ pub use touch::Touch;
 pub(crate) use writers::Changes;
 
 use crate::address::Address;
+use crate::channel::tls::{Authorization, TlsCredentials};
 use crate::channel::{Arrivals, Listener};
 use crate::destination::incoming::{Arrived, Incoming};
 use crate::destination::postcopy::{Failed, Terms};
@@ -129,6 +130,24 @@ impl Receiver {
     #[must_use]
     pub fn with_multifd(self, channels: u8) -> Receiver {
         Receiver { multifd: channels, ..self }
+    }
+
+    /// Takes in only what comes over TLS, from whom `authorization` allows: without it, from
+    /// everybody with a certificate of the CA.
+    pub fn with_tls(
+        self,
+        credentials: &TlsCredentials,
+        authorization: Option<Authorization>,
+    ) -> Result<Receiver, Error> {
+        let tls = credentials.server(authorization)?;
+        Ok(Receiver { listener: self.listener.secured(Some(tls)), ..self })
+    }
+
+    /// Calls `told` with the reason whenever a connection is turned away and another one waited
+    /// for. It must not block for long.
+    #[must_use]
+    pub fn telling_refusals(self, told: impl Fn(&Error) + Send + Sync + 'static) -> Receiver {
+        Receiver { listener: self.listener.telling(told), ..self }
     }
 
     /// In a postcopy, pages are touched in this order while they come.

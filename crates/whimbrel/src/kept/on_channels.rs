@@ -10,6 +10,7 @@ use super::machine::dialect;
 use super::restore::Restoring;
 use super::supply::Supply;
 use crate::address::Address;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::report::set;
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
@@ -75,7 +76,7 @@ impl Multifd {
 
 pub(super) fn connect(
     vm: &KeptVm,
-    address: &Address,
+    route: &Route,
     multifd: &Multifd,
     restoring: &Restoring,
 ) -> Result<Channels, Error> {
@@ -84,13 +85,7 @@ pub(super) fn connect(
         dialect: dialect(&vm.machine(), multifd.zero_page_detection),
         zero_copy: false,
     };
-    Channels::connect(
-        address,
-        &restoring.cancel,
-        &restoring.links,
-        &opening,
-        &multifd.parameters()?,
-    )
+    Channels::connect(route, &restoring.cancel, &restoring.links, &opening, &multifd.parameters()?)
 }
 
 /// A destination answers when all channels have come, and never when they are not as many as it
@@ -129,10 +124,11 @@ pub(super) fn send_pages(
         log: None,
         content: Some(vm.content()),
         supply: Some(supply),
-        quiet: None,
+        beside: None,
     };
     RAM_SECTION.encode_end(stream.out.words());
     let lead = |crew: &Crew<'_>| {
+        crew.set_agreed(stream.agreed());
         crew.begin();
         while !crew.wait(LOOK)? {
             stream.check_answers()?;

@@ -11,7 +11,8 @@ use super::on_channels::{self, Multifd};
 use super::supply::Supply;
 use super::{Access, KeptVm, Progress, Stop, report};
 use crate::address::Address;
-use crate::channel::{self, Channel};
+use crate::channel::tls::TlsCredentials;
+use crate::channel::{Channel, Route};
 use crate::error::Error;
 use crate::report::{Report, add, get, set};
 use crate::source::handover;
@@ -32,6 +33,7 @@ pub struct Restoring {
     pub(super) links: Links,
     pub(super) access: Access,
     multifd: Option<Multifd>,
+    tls: Option<(TlsCredentials, Option<String>)>,
 }
 
 impl KeptVm {
@@ -40,7 +42,7 @@ impl KeptVm {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let (progress, access) = (Progress(Arc::new(report())), Access::default());
-        Ok(Restoring { progress, cancel, links, access, multifd: None })
+        Ok(Restoring { progress, cancel, links, access, multifd: None, tls: None })
     }
 }
 
@@ -55,6 +57,23 @@ impl Restoring {
     #[must_use]
     pub fn with_multifd(self, multifd: Option<Multifd>) -> Restoring {
         Restoring { multifd, ..self }
+    }
+
+    /// Sends everything over TLS. The destination's certificate has to be for `hostname`, or else for
+    /// the host in the address.
+    #[must_use]
+    pub fn with_tls(self, credentials: TlsCredentials, hostname: Option<String>) -> Restoring {
+        Restoring { tls: Some((credentials, hostname)), ..self }
+    }
+
+    pub(super) fn route(&self, address: &Address) -> Result<Route, Error> {
+        let tls = match &self.tls {
+            Some((credentials, hostname)) => {
+                Some(credentials.client(address, hostname.as_deref())?)
+            }
+            None => None,
+        };
+        Ok(Route { address: address.clone(), tls })
     }
 
     /// What ends it from another thread.
@@ -142,9 +161,10 @@ pub(super) fn announce(
 
 fn send(vm: &KeptVm, address: &Address, restoring: &Restoring) -> Result<(), Error> {
     let report = &restoring.progress.0;
-    let mut channel = channel::connect("main", address, &restoring.cancel, &restoring.links)?;
+    let route = restoring.route(address)?;
+    let mut channel = route.connect("main", &restoring.cancel, &restoring.links)?;
     let mut channels = match &restoring.multifd {
-        Some(multifd) => Some(on_channels::connect(vm, address, multifd, restoring)?),
+        Some(multifd) => Some(on_channels::connect(vm, &route, multifd, restoring)?),
         None => None,
     };
     if let Some(channels) = &channels {

@@ -16,6 +16,7 @@
 //! packer.sent();                                         // the data have left, or are in the socket
 //! ```
 
+mod auto;
 mod error;
 mod packer;
 mod stored;
@@ -24,8 +25,6 @@ mod zlib;
 mod zstd;
 
 pub use error::UnpackError;
-#[cfg(test)]
-pub(crate) use packer::Packed;
 pub(crate) use packer::{Packer, Packing, Peer};
 pub(crate) use unpacker::Unpacker;
 

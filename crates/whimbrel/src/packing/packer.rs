@@ -4,6 +4,7 @@ use whimbrel_ram::kernel_copy::Gather;
 use whimbrel_ram::{BlockError, RamBlock, TargetPage};
 use whimbrel_wire::multifd::packet_flag;
 
+use super::auto::{Auto, Member};
 use super::stored::{self, Stored};
 use super::zlib::Deflate;
 use super::zstd::Compressor;
@@ -22,35 +23,40 @@ pub(crate) enum Peer {
     Whimbrel,
 }
 
-/// How one migration packs; cloned for each of its channels.
+/// How one migration packs: what its packers have in common.
 #[derive(Clone, Debug)]
 pub(crate) struct Packing {
     method: MultifdCompression,
     zlib_level: u8,
     zstd_level: u8,
-    peer: Peer,
+    auto: Auto,
 }
 
 impl Packing {
     /// As the parameters have it.
     pub(crate) fn new(parameters: &Parameters, peer: Peer) -> Packing {
+        let auto = Auto::new();
+        auto.set_peer(peer);
         Packing {
             method: parameters.multifd_compression,
             zlib_level: parameters.multifd_zlib_level,
             zstd_level: parameters.multifd_zstd_level,
-            peer,
+            auto,
         }
+    }
+
+    /// Who takes the packets in, when that is known better; holds for all packers from now on.
+    pub(crate) fn set_peer(&self, peer: Peer) {
+        self.auto.set_peer(peer);
     }
 
     /// The packer of one channel, which is at its beginning.
     pub(crate) fn packer(&self) -> Packer {
-        let zstd_level = i32::from(self.zstd_level);
-        let way = match (self.method, self.peer) {
-            (MultifdCompression::None, _) => Way::None,
-            (MultifdCompression::Zlib, _) => Way::Zlib(Deflate::new(self.zlib_level)),
-            (MultifdCompression::Zstd | MultifdCompression::Auto, _) => {
-                Way::Zstd(Compressor::new(zstd_level))
-            }
+        let way = match self.method {
+            MultifdCompression::None => Way::None,
+            MultifdCompression::Zlib => Way::Zlib(Deflate::new(self.zlib_level)),
+            MultifdCompression::Zstd => Way::Zstd(Compressor::new(self.zstd_level)),
+            MultifdCompression::Auto => Way::Auto(self.auto.join()),
         };
         Packer { way, pages: Vec::new(), packed: Vec::new(), stored: Stored::default() }
     }
@@ -71,13 +77,24 @@ enum Way {
     None,
     Zlib(Deflate),
     Zstd(Compressor),
+    Auto(Member),
+}
+
+/// What a packet's data are to be.
+enum Plan<'p> {
+    /// The pages as they are.
+    Plain,
+    /// The pages as they are, in a frame of zstd's.
+    Stored,
+    Zlib(&'p mut Deflate),
+    Zstd(&'p mut Compressor),
 }
 
 impl Packer {
-    /// Packs `pages` of `block`, up to [`PACKET_PAGES`] of them; with none of them, gives the
-    /// packet of zero pages alone.
+    /// Packs `pages` of `block`, up to [`PACKET_PAGES`] of them; with none of them, gives what the
+    /// packet of zero pages alone has to say.
     ///
-    /// What is packed has to be sent, or the channel given up: a zlib stream goes on with it.
+    /// What is packed has to be sent, or the channel given up: a stream goes on with it.
     ///
     /// # Panics
     /// When there are more pages than a packet can carry.
@@ -87,45 +104,64 @@ impl Packer {
         pages: &'p [TargetPage],
     ) -> Result<Packed<'p>, BlockError> {
         assert!(pages.len() <= PACKET_PAGES, "the pages of one packet");
-        let flags = match self.way {
-            Way::None => 0,
-            Way::Zlib(_) => packet_flag::ZLIB,
-            Way::Zstd(_) => packet_flag::ZSTD,
-        };
         let guest = Guest { block, pages };
         if pages.is_empty() {
+            let flags = match &self.way {
+                Way::None => 0,
+                Way::Zlib(_) => packet_flag::ZLIB,
+                Way::Zstd(_) => packet_flag::ZSTD,
+                Way::Auto(member) => member.flags_without_pages(),
+            };
             return Ok(Packed { flags, len: 0, data: Data::Guest(guest) });
         }
-        if let Way::None = self.way {
-            return Ok(Packed { flags, len: guest.len(), data: Data::Guest(guest) });
-        }
-        self.pages.resize(PACKET_BYTES, 0);
-        self.packed.resize(ROOM, 0);
-        let copy = &mut self.pages[..guest.len()];
-        guest.copy(copy)?;
-        let len = match &mut self.way {
-            Way::None => None,
-            Way::Zlib(deflate) => {
-                let len = deflate.pack(copy, &mut self.packed);
-                Some(len.expect("twice the room that the pages take is enough for zlib"))
+        let Packer { way, pages: copy, packed, stored } = self;
+        let mut plain_for_stored = false;
+        let plan = match way {
+            Way::None => Plan::Plain,
+            Way::Zlib(deflate) => Plan::Zlib(deflate),
+            Way::Zstd(compressor) => Plan::Zstd(compressor),
+            Way::Auto(member) => {
+                plain_for_stored = member.peer() == Peer::Whimbrel;
+                member.begin().map_or(Plan::Stored, Plan::Zstd)
             }
-            // Longer than the pages as they are is of no use to anybody.
-            Way::Zstd(compressor) => compressor.pack(copy, &mut self.packed[..guest.len()]),
         };
-        Ok(match len {
-            Some(len) => Packed { flags, len, data: Data::Packed(&self.packed[..len]) },
-            None => {
-                let len = self.stored.set(guest.len());
-                Packed { flags, len, data: Data::Stored(&self.stored, guest) }
+        let (flags, len) = match plan {
+            Plan::Plain => (0, None),
+            Plan::Stored => (packet_flag::ZSTD, None),
+            Plan::Zlib(deflate) => {
+                let (copy, packed) = guest.copied(copy, packed)?;
+                let len = deflate.pack(copy, packed);
+                let len = len.expect("twice the room that the pages take is enough for zlib");
+                (packet_flag::ZLIB, Some(len))
             }
-        })
+            Plan::Zstd(compressor) => {
+                let (copy, packed) = guest.copied(copy, packed)?;
+                (packet_flag::ZSTD, compressor.pack(copy, packed))
+            }
+        };
+        let packed = match len {
+            Some(len) => Packed { flags, len, data: Data::Packed(&packed[..len]) },
+            None if flags == 0 || plain_for_stored => {
+                Packed { flags: 0, len: guest.len(), data: Data::Guest(guest) }
+            }
+            None => {
+                let len = stored.set(guest.len());
+                Packed { flags, len, data: Data::Stored(stored, guest) }
+            }
+        };
+        if let Way::Auto(member) = way {
+            member.packed(guest.len(), packed.len);
+        }
+        Ok(packed)
     }
-}
 
-impl Packer {
-    /// The packet that was packed last has been sent. What `auto` learns from is the time from
-    /// there to here.
-    pub(crate) fn sent(&mut self) {}
+    /// The packet that was packed last has been sent, and whatever had to be waited for before the
+    /// next one: `auto` learns from when that is.
+    pub(crate) fn sent(&mut self) {
+        if let Way::Auto(member) = &mut self.way {
+            member.sent();
+        }
+    }
 }
 
 /// The data of a packet.
@@ -190,6 +226,19 @@ impl<'p> Guest<'p> {
     fn gather(&self, into: &mut Gather<'p>) -> Result<(), BlockError> {
         // Pages that follow each other become one piece.
         self.pages.iter().try_for_each(|page| into.push_guest(self.block, page.offset(), PAGE))
+    }
+
+    /// The pages in a buffer that is `copy`'s, and all the room there is for what they become.
+    fn copied<'b>(
+        &self,
+        copy: &'b mut Vec<u8>,
+        packed: &'b mut Vec<u8>,
+    ) -> Result<(&'b [u8], &'b mut [u8]), BlockError> {
+        copy.resize(PACKET_BYTES, 0);
+        packed.resize(ROOM, 0);
+        let copy = &mut copy[..self.len()];
+        self.copy(copy)?;
+        Ok((copy, packed))
     }
 
     /// Copies the pages to `out`, which is as long.

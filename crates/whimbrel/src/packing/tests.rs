@@ -1,6 +1,8 @@
 //! Both sides together.
 #![expect(clippy::cast_possible_truncation, reason = "small numbers, and random ones")]
 
+mod golden;
+
 use std::io::Read as _;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
@@ -10,7 +12,8 @@ use whimbrel_ram::kernel_copy::Gather;
 use whimbrel_ram::{RamBlock, TargetPage};
 use whimbrel_wire::multifd::{Compression, PacketHeader};
 
-use super::{PACKET_PAGES, PAGE, Packed, Packing, Peer, UnpackError, Unpacker};
+use super::packer::Packed;
+use super::{PACKET_PAGES, PAGE, Packing, Peer, UnpackError, Unpacker};
 use crate::settings::{MultifdCompression, Parameters};
 
 /// What a page holds.

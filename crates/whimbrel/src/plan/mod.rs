@@ -4,6 +4,7 @@
 //! Time is a [`Duration`](std::time::Duration) since the migration began.
 
 mod downtime;
+mod effort;
 mod pace;
 mod rate;
 mod share;
@@ -11,6 +12,7 @@ mod throttle;
 mod window;
 
 pub(crate) use downtime::{Convergence, Next};
+pub(crate) use effort::{Effort, Gone};
 pub(crate) use pace::Pace;
 pub(crate) use rate::Rate;
 pub(crate) use share::Share;

@@ -5,12 +5,12 @@
 //! on the urgent channel any more. What it has begun of a host page that somebody waits for, it
 //! finishes first and unpaced.
 
-use std::os::fd::AsFd;
 use std::time::Duration;
 
 use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
 
+use super::held::Held;
 use super::hot::Hot;
 use super::multifd::Crew;
 use super::out::Out;
@@ -18,9 +18,8 @@ use super::pages::Pages;
 use super::said::Said;
 use super::setup::RAM_SECTION;
 use super::wanted::Wanted;
-use crate::channel::link::{self, Class, Flow};
 use crate::error::Error;
-use crate::plan::{Outflow, Pace, Rate, Share, Window};
+use crate::plan::{Pace, Rate, Share};
 use crate::report::{Report, add, get, set};
 use crate::settings::Parameters;
 
@@ -29,9 +28,6 @@ const STEP_BACK: Duration = Duration::from_millis(1);
 
 /// How long it waits at most before it looks again whether somebody asks.
 const LOOK: Duration = Duration::from_millis(20);
-
-/// Bytes claimed and sent at once where there is no link to be held to.
-const PIECE: usize = 64 << 10;
 
 /// The sender of the rest.
 pub(super) struct Background<'a> {
@@ -47,47 +43,6 @@ pub(super) struct Background<'a> {
     pub(super) hot: Option<Hot>,
     /// How fast it all goes, for the report.
     pub(super) rate: Rate,
-}
-
-/// How the main channel is held to leave the link's queue to urgent pages.
-#[derive(Debug)]
-pub(super) struct Held {
-    window: Window,
-    /// When to decide anew; `None` where there is nothing to decide: no TCP.
-    next: Option<Duration>,
-    piece: usize,
-}
-
-impl Held {
-    /// Beside an urgent channel, or without one: then what was asked for goes on this channel, too,
-    /// behind what is under way on it.
-    pub(super) fn new(beside_urgent: bool, out: &mut Out) -> Held {
-        out.channel().send_apart();
-        if beside_urgent {
-            link::classify(out.channel().as_fd(), Class::Background);
-        }
-        Held { window: Window::new(), next: Some(Duration::ZERO), piece: PIECE }
-    }
-
-    fn look(&mut self, out: &mut Out, wanted: &Wanted, now: Duration) {
-        if self.next.is_none_or(|next| now < next) {
-            return;
-        }
-        let Some(facts) = link::facts(out.channel().as_fd()) else {
-            self.next = None;
-            return;
-        };
-        let Outflow { flow, piece, again } = self.window.next(now, &facts, wanted.quiet_for());
-        link::hold(out.channel().as_fd(), flow);
-        self.piece = piece;
-        self.next = Some(now + again);
-    }
-
-    fn let_go(&mut self, out: &mut Out) {
-        if self.next.take().is_some() {
-            link::hold(out.channel().as_fd(), Flow { window: None, rate: None });
-        }
-    }
 }
 
 impl Background<'_> {
@@ -120,7 +75,7 @@ impl Background<'_> {
                     continue;
                 }
             }
-            self.held.look(out, self.wanted, now());
+            self.held.look(out.channel(), self.wanted, now());
             out.channel().ready_to_send(None)?;
             // What nobody asked for goes along only where that is paid for.
             let alone = asked && wait > Duration::ZERO;
@@ -137,7 +92,7 @@ impl Background<'_> {
             }
             self.tell(out, bytes, beside.map_or(0, Crew::bytes));
         }
-        self.held.let_go(out);
+        self.held.let_go(out.channel());
         encode_end_of_section(out.words());
         RAM_SECTION.encode_footer(out.words());
         out.flush()

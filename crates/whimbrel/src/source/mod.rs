@@ -8,6 +8,7 @@
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
+mod held;
 mod hot;
 pub(crate) mod multifd;
 pub(crate) mod out;
@@ -27,8 +28,7 @@ use std::time::Duration;
 
 use whimbrel_ram::PageMap;
 
-use crate::address::Address;
-use crate::channel;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
 use crate::hello::Features;
@@ -46,7 +46,7 @@ use undo::Logging;
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) guest: Arc<Guest>,
-    pub(crate) address: Address,
+    pub(crate) route: Route,
     pub(crate) capabilities: Capabilities,
     /// Shared with the control side: most can be changed while the migration runs.
     pub(crate) parameters: Arc<Mutex<Parameters>>,
@@ -142,7 +142,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 log: Some(log.log()),
                 content: ram.touched().ok(),
                 supply: None,
-                quiet: None,
+                beside: None,
             };
             let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
             channels.send(&map, terms, lead)
@@ -160,12 +160,12 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
 
 /// Connects, and begins to watch what the guest writes.
 fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
-    let mut channel = channel::connect("main", &job.address, &job.cancel, &job.links)?;
+    let mut channel = job.route.connect("main", &job.cancel, &job.links)?;
     if job.wants_answers() && !channel.is_two_way() {
         return Err(Error::Refused(format!(
             "{}: capabilities return-path and postcopy-ram need a way back, which this transport \
              has not; switch them off or use tcp: or unix:",
-            job.address
+            job.route.address
         )));
     }
     let vm = job.guest.vm();
@@ -180,7 +180,7 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
                 zero_copy: job.has(Capability::ZeroCopySend),
             };
             let channels =
-                Channels::connect(&job.address, &job.cancel, &job.links, &opening, &parameters)?;
+                Channels::connect(&job.route, &job.cancel, &job.links, &opening, &parameters)?;
             channel.heed(channels.stop().clone());
             Some(channels)
         }
@@ -253,7 +253,7 @@ fn guest_first(
         answers.wait_for_pongs(stream.out.channel(), PINGS_AT_SETUP)?;
         let agreed = answers.agreed();
         let urgent = match job.has(Capability::PostcopyPreempt) {
-            true => Some(postcopy::open_urgent(&job.address, &job.cancel, &job.links)?),
+            true => Some(postcopy::open_urgent(&job.route, &job.cancel, &job.links)?),
             false => None,
         };
         switchover::stop(job, held)?;

@@ -21,9 +21,10 @@ use whimbrel_wire::{
 };
 
 use super::answers::Answers;
-use super::background::{Background, Held};
+use super::background::Background;
+use super::held::Held;
 use super::hot::Hot;
-use super::multifd::{Channels, Quiet, Terms};
+use super::multifd::{Beside, Channels, Terms};
 use super::out::Out;
 use super::pages::Pages;
 use super::said::Said;
@@ -31,7 +32,7 @@ use super::setup::{RAM_SECTION, Stream, name};
 use super::urgent::Urgent;
 use super::wanted::Wanted;
 use crate::address::Address;
-use crate::channel::{self, Channel, link};
+use crate::channel::{Channel, Route, link};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::plan::Rate;
@@ -90,19 +91,15 @@ pub(crate) struct Postcopy<'a> {
 
 /// Opens the channel for urgent pages. The destination must have answered already, so that it
 /// does not take this for the main channel.
-pub(crate) fn open_urgent(
-    address: &Address,
-    cancel: &Cancel,
-    links: &Links,
-) -> Result<Channel, Error> {
-    match address {
-        Address::Tcp { .. } | Address::Unix(_) => {
-            channel::connect("urgent", address, cancel, links)
-        }
-        Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Err(Error::Refused(format!(
-            "{address}: capability postcopy-preempt needs a second connection, which this \
+pub(crate) fn open_urgent(route: &Route, cancel: &Cancel, links: &Links) -> Result<Channel, Error> {
+    match &route.address {
+        Address::Tcp { .. } | Address::Unix(_) => route.connect("urgent", cancel, links),
+        address @ (Address::Fd(_) | Address::Exec(_) | Address::File { .. }) => {
+            Err(Error::Refused(format!(
+                "{address}: capability postcopy-preempt needs a second connection, which this \
              transport has not; switch it off or use tcp: or unix:"
-        ))),
+            )))
+        }
     }
 }
 
@@ -302,7 +299,7 @@ impl<'a> Postcopy<'a> {
             parameters: self.parameters,
             wanted,
             said,
-            held: Held::new(beside_urgent, &mut stream.out),
+            held: Held::new(beside_urgent, stream.out.channel()),
             rate: Rate::default(),
             hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
@@ -340,14 +337,14 @@ impl<'a> Postcopy<'a> {
         mut channels: Channels,
     ) -> Result<Channels, Error> {
         channels.heed(&self.links.current());
-        let quiet = || wanted.is_quiet() && (self.parameters)().max_postcopy_bandwidth == 0;
+        let unpaced = || (self.parameters)().max_postcopy_bandwidth == 0;
         let terms = Terms {
             ram: self.ram,
             report: self.report,
             log: None,
             content: self.content.clone().or_else(|| self.ram.touched().ok()),
             supply: None,
-            quiet: Some(Quiet(&quiet)),
+            beside: Some(Beside { wanted, unpaced: &unpaced }),
         };
         channels.send(map, terms, |crew| {
             crew.begin();

@@ -193,6 +193,7 @@ impl<'j> Precopy<'j> {
     fn part_on_channels(&mut self, crew: &Crew<'_>, stream: &mut Stream) -> Result<bool, Error> {
         let before = self.bytes(stream);
         crew.set_rate(Some(self.job.parameters().max_bandwidth));
+        crew.set_agreed(stream.agreed());
         if let Road::Channels { turn, .. } = &mut self.road
             && !std::mem::replace(turn, true)
         {

@@ -45,6 +45,11 @@ impl Stream {
         }
     }
 
+    /// What was agreed on with a destination that is a whimbrel, as far as it has answered.
+    pub(crate) fn agreed(&self) -> Features {
+        self.answers.as_ref().map(Answers::agreed).unwrap_or_default()
+    }
+
     /// Sends what was gathered; where that fails, what the destination said of it counts more.
     pub(crate) fn flush(&mut self) -> Result<(), Error> {
         self.out.flush().map_err(|error| self.explain(error))

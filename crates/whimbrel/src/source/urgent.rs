@@ -52,7 +52,7 @@ impl<'a> Urgent<'a> {
                 Some(Answer::Request { block, start, len }) => self.request(block, start, len)?,
                 Some(Answer::Shut(value)) => {
                     self.said.shut(value);
-                    return Ok(());
+                    return self.out.map_or(Ok(()), |out| out.into_channel().finish());
                 }
                 Some(Answer::End) => return Err(Error::PeerGone),
                 None if self.ends_with_mark && all_sent() => self.end_channel()?,

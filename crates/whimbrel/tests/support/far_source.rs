@@ -18,7 +18,7 @@ use whimbrel_wire::{
     BlockIndex, BlockInfo, BlockList, BlockOffset, Command, Configuration, DeviceSection,
     DiscardRange, FileHeader, Name, Package, PageSizes, RAM_SECTION, RAM_VERSION, RamDiscard,
     RecordEncoder, ReturnDecoded, ReturnDecoder, ReturnMessage, SectionHeader, SectionId,
-    TargetPage, encode_end_of_section, encode_eof,
+    TargetPage, encode_end_of_section, encode_eof, encode_multifd_flush, encode_vm_description,
 };
 
 /// The question of a whimbrel that can load a package before its RUN.
@@ -132,6 +132,20 @@ impl FarSource {
         self.end_section()
     }
 
+    /// The same, ended by a mark of multifd.
+    pub(crate) fn setup_flushed(&mut self) -> &mut FarSource {
+        SectionHeader { id: RAM, name: name(RAM_SECTION), instance_id: 0, version_id: RAM_VERSION }
+            .encode_start(&mut self.words);
+        self.blocks.encode(&mut self.words);
+        self.flush().end_section()
+    }
+
+    /// A mark of multifd, inside a section.
+    pub(crate) fn flush(&mut self) -> &mut FarSource {
+        encode_multifd_flush(&mut self.words);
+        self
+    }
+
     /// All of it, as a source does.
     pub(crate) fn begin(&mut self) -> &mut FarSource {
         self.header().return_path().advise().setup()
@@ -235,6 +249,26 @@ impl FarSource {
         self.end_of_ram();
         encode_eof(&mut self.words);
         self
+    }
+
+    /// RAM's end, ended by a mark of multifd, and everything behind it but the end of the stream.
+    pub(crate) fn devices(&mut self) -> &mut FarSource {
+        RAM.encode_end(&mut self.words);
+        self.flush().end_section();
+        self.sections().iter().for_each(|section| section.encode(&mut self.words));
+        self
+    }
+
+    /// The end of the stream.
+    pub(crate) fn stream_end(&mut self) -> &mut FarSource {
+        encode_eof(&mut self.words);
+        encode_vm_description(b"{}", &mut self.words);
+        self
+    }
+
+    /// One more connection, that says nothing yet.
+    pub(crate) fn connection(&self) -> TcpStream {
+        connect(&self.address)
     }
 
     /// The channel for urgent pages.

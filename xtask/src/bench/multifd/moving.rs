@@ -13,7 +13,7 @@ use super::scenario::{Method, Scenario};
 use crate::bench::network::{End, Way};
 
 /// Compressing 4 GiB with one slow method on a processor that is not alone.
-const MIGRATION_MAX: Duration = Duration::from_secs(300);
+const MIGRATION_MAX: Duration = Duration::from_secs(150);
 
 /// Moves one guest.
 pub(super) fn run(

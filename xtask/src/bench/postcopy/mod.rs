@@ -40,7 +40,7 @@ pub(crate) struct Args {
     /// The host pages behind the guest's memory
     #[arg(long, default_value = "4k,2M", value_delimiter = ',')]
     pages: Vec<Pages>,
-    /// One channel, or one for urgent pages beside it
+    /// One channel; or one for urgent pages beside it; or multifd beside both
     #[arg(long, default_value = "plain,preempt", value_delimiter = ',')]
     modes: Vec<Mode>,
     /// From whom to whom
@@ -164,6 +164,7 @@ fn measure(
     (network, janitor): (&Network, &mut Janitor),
     rows: &mut Vec<Row>,
 ) -> bool {
+    let pairs: Vec<_> = pairs.iter().filter(|(pair, _)| scenario.mode.is_for(*pair)).collect();
     let mut ours: Vec<Row> = pairs
         .iter()
         .map(|(pair, name)| Row {

@@ -74,6 +74,8 @@ impl Pages {
 pub(super) enum Mode {
     Plain,
     Preempt,
+    /// As the one before, with two multifd channels that go on in postcopy: between whimbrels.
+    Multifd,
 }
 
 impl Mode {
@@ -82,7 +84,15 @@ impl Mode {
         match self {
             Self::Plain => &["events", "return-path", "postcopy-ram"],
             Self::Preempt => &["events", "return-path", "postcopy-ram", "postcopy-preempt"],
+            Self::Multifd => {
+                &["events", "return-path", "postcopy-ram", "postcopy-preempt", "multifd"]
+            }
         }
+    }
+
+    /// Whether `pair` has what it takes.
+    pub(super) fn is_for(self, pair: Pair) -> bool {
+        self != Self::Multifd || pair == Pair::Ww
     }
 }
 
@@ -99,6 +109,7 @@ impl fmt::Display for Scenario {
         let mode = match self.mode {
             Mode::Plain => "plain",
             Mode::Preempt => "preempt",
+            Mode::Multifd => "preempt and multifd",
         };
         write!(formatter, "{}, {}, {mode}", self.link, self.pages.name())
     }

@@ -40,7 +40,7 @@ impl Receivers {
     ) -> Result<Receivers, Error> {
         let rounds = Arc::new(Rounds::new(channels.len(), stop.clone())?);
         let end = stop.beside().map_err(Error::system("making an eventfd"))?;
-        let start = |(number, mut channel): (u8, Channel)| {
+        let start = |(mut channel, number): (Channel, u8)| {
             let (rounds, target) = (rounds.clone(), target.clone());
             channel.heed(end.clone());
             Worker::start(Role::DestinationReceive(number), end.clone(), move || {
@@ -50,7 +50,7 @@ impl Receivers {
             })
             .map_err(Error::system("starting a thread"))
         };
-        let workers = (0u8..).zip(channels).map(start).collect::<Result<_, Error>>()?;
+        let workers = channels.into_iter().zip(0u8..).map(start).collect::<Result<_, Error>>()?;
         Ok(Receivers { rounds, mark_each_section: None, workers, end })
     }
 

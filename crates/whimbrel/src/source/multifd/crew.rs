@@ -5,15 +5,19 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::dirty::{DirtyBits, DirtyLog};
-use whimbrel_ram::{BlockIndex, Claim, GuestRam, PageMap, Sweep, TargetPage};
+use whimbrel_ram::{BlockIndex, Claim, GuestRam, PageMap, Sweep, TARGET_PAGE, TargetPage};
 
 use super::Dialect;
 use super::sender::Sender;
 use crate::error::Error;
+use crate::hello::Features;
 use crate::kept::Supply;
+use crate::packing::{Packing, Peer};
 use crate::plan::Pace;
 use crate::report::{Report, add};
+use crate::settings::ZeroPageDetection;
 use crate::source::out::Out;
+use crate::source::wanted::Wanted;
 use crate::worker::{Bell, Cancel, Woken};
 
 /// What is claimed at once stays inside one stretch of so many pages (2 MiB): the destination
@@ -22,10 +26,6 @@ const STRETCH: u64 = 512;
 
 /// How long senders step back at once.
 const STEP_BACK: Duration = Duration::from_millis(5);
-
-/// Pages claimed and sent at once where somebody may begin to wait: what is under way then is in
-/// the way.
-const PIECE: u32 = 32;
 
 /// What the senders of a crew are given.
 #[derive(Debug)]
@@ -38,17 +38,28 @@ pub(crate) struct Terms<'a> {
     pub(crate) content: Option<DirtyBits>,
     /// Where the pages come from that are not in memory: who knows which of them are zero.
     pub(crate) supply: Option<&'a Supply>,
-    /// In postcopy: nobody waits for a page. While somebody does, the link is left to it.
-    pub(crate) quiet: Option<Quiet<'a>>,
+    /// In postcopy: they send beside the main channel, as far as nobody waits.
+    pub(crate) beside: Option<Beside<'a>>,
 }
 
-/// Says whether the link may be taken as a whole.
+/// What senders heed that send beside the main channel.
 #[derive(Clone, Copy)]
-pub(crate) struct Quiet<'a>(pub(crate) &'a (dyn Fn() -> bool + Sync));
+pub(crate) struct Beside<'a> {
+    /// Who waits.
+    pub(in crate::source) wanted: &'a Wanted,
+    /// Whether the background may be as fast as it can.
+    pub(in crate::source) unpaced: &'a (dyn Fn() -> bool + Sync),
+}
 
-impl std::fmt::Debug for Quiet<'_> {
+impl Beside<'_> {
+    fn may_go(self) -> bool {
+        self.wanted.is_quiet() && (self.unpaced)()
+    }
+}
+
+impl std::fmt::Debug for Beside<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Quiet")
+        f.debug_struct("Beside").field("wanted", self.wanted).finish_non_exhaustive()
     }
 }
 
@@ -68,6 +79,7 @@ pub(crate) struct Crew<'a> {
     map: &'a PageMap,
     terms: Terms<'a>,
     dialect: Dialect,
+    packing: Packing,
     stop: Cancel,
     members: usize,
     walk: Mutex<Walk>,
@@ -108,7 +120,7 @@ impl<'a> Crew<'a> {
     pub(super) fn new(
         map: &'a PageMap,
         terms: Terms<'a>,
-        dialect: Dialect,
+        (dialect, packing): (Dialect, Packing),
         stop: Cancel,
         members: usize,
     ) -> Result<Crew<'a>, Error> {
@@ -117,6 +129,7 @@ impl<'a> Crew<'a> {
             content_is_known: AtomicBool::new(terms.content.is_some()),
             terms,
             dialect,
+            packing,
             stop,
             members,
             walk: Mutex::new(Walk { sweep: map.sweep(), ended: false }),
@@ -135,6 +148,13 @@ impl<'a> Crew<'a> {
 
     pub(crate) fn dialect(&self) -> Dialect {
         self.dialect
+    }
+
+    /// What the destination is known to take beyond QEMU's protocol.
+    pub(crate) fn set_agreed(&self, agreed: Features) {
+        if agreed.has(Features::ANY_METHOD) {
+            self.packing.set_peer(Peer::Whimbrel);
+        }
     }
 
     /// Has everything sent that is on the map from where the walk stands: a new one, if the last
@@ -276,10 +296,15 @@ impl<'a> Crew<'a> {
         }
     }
 
+    /// Who waits, where senders are beside the main channel.
+    pub(super) fn wanted(&self) -> Option<&'a Wanted> {
+        self.terms.beside.map(|beside| beside.wanted)
+    }
+
     /// Waits until the link may be taken; false when there is nothing left to be sent.
     pub(super) fn wait_until_quiet(&self) -> Result<bool, Error> {
-        let Some(Quiet(quiet)) = self.terms.quiet else { return Ok(true) };
-        while !quiet() {
+        let Some(beside) = self.terms.beside else { return Ok(true) };
+        while !beside.may_go() {
             if self.map.pending() == 0 {
                 return Ok(false);
             }
@@ -291,11 +316,14 @@ impl<'a> Crew<'a> {
         Ok(true)
     }
 
-    /// Claims what is next in the walk, up to the end of a stretch.
-    pub(super) fn claim(&self, claims: &mut impl Extend<Claim<'a>>) {
+    /// Claims what is next in the walk: up to the end of a stretch, or `piece` bytes beside the main
+    /// channel.
+    pub(super) fn claim(&self, claims: &mut impl Extend<Claim<'a>>, piece: usize) {
         let mut walk = lock(&self.walk);
-        if self.terms.quiet.is_some() {
-            walk.sweep.set_batch(PIECE);
+        if self.terms.beside.is_some() {
+            // What is under way when somebody begins to wait is in the way.
+            let pages = u32::try_from(piece / TARGET_PAGE.bytes()).unwrap_or(u32::MAX);
+            walk.sweep.set_batch(pages.clamp(1, u64::BITS));
             let claim = self.map.claim_next(&mut walk.sweep);
             walk.ended = claim.is_none();
             claims.extend(claim);
@@ -346,6 +374,12 @@ impl<'a> Crew<'a> {
         }
     }
 
+    /// Whether pages of zeros are told of on the main channel. Never behind a guest that has gone: it
+    /// may wait for one of them, and only a whimbrel, which knows them in packets, is there then.
+    pub(super) fn tells_zeros_apart(&self) -> bool {
+        self.dialect.zeros == ZeroPageDetection::Legacy && self.terms.beside.is_none()
+    }
+
     /// Pages of zeros that are to be told of on the main channel.
     pub(super) fn tell_zeros(&self, block: BlockIndex, pages: impl Iterator<Item = TargetPage>) {
         lock(&self.zeros).extend(pages.map(|page| (block, page)));
@@ -377,7 +411,7 @@ impl<'a> Crew<'a> {
         add(&self.terms.report.counters.multifd_bytes, bytes);
     }
 
-    fn now(&self) -> Duration {
+    pub(super) fn now(&self) -> Duration {
         self.terms.report.started().elapsed()
     }
 }

@@ -15,12 +15,13 @@ use whimbrel_ram::PageMap;
 use whimbrel_wire::encode_multifd_flush;
 
 use crate::address::Address;
+use crate::channel::Route;
 use crate::error::Error;
 use crate::packing::{Packing, Peer};
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::worker::{Cancel, Links, Role, scoped};
 
-pub(crate) use crew::{Crew, Log, Quiet, Terms};
+pub(crate) use crew::{Beside, Crew, Log, Terms};
 use sender::Sender;
 
 /// How the destination wants it, which both sides know from the machine type.
@@ -61,18 +62,21 @@ pub(crate) struct Channels {
     stop: Cancel,
     /// Packets sent so far, on all of them.
     packets: AtomicU64,
+    /// How they pack pages.
+    packing: Packing,
 }
 
 impl Channels {
     /// Connects all channels to where the main channel is connected to. They have delivered what
     /// belongs to the stream's beginning, whose mark the main channel has still to carry.
     pub(crate) fn connect(
-        address: &Address,
+        route: &Route,
         cancel: &Cancel,
         links: &Links,
         opening: &Opening,
         parameters: &Parameters,
     ) -> Result<Channels, Error> {
+        let address = &route.address;
         if !matches!(address, Address::Tcp { .. } | Address::Unix(_)) {
             return Err(Error::Refused(format!(
                 "{address}: capability multifd needs several connections, which this transport \
@@ -89,13 +93,13 @@ impl Channels {
         let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
         let connect = |number| {
-            let mut sender = Sender::connect(number, address, &stop, links, opening, &packing)?;
+            let mut sender = Sender::connect(number, route, &stop, links, opening, &packing)?;
             sender.send_sync(&packets)?;
             Ok(sender)
         };
         let senders =
             (0..parameters.multifd_channels).map(connect).collect::<Result<_, Error>>()?;
-        Ok(Channels { senders, dialect: opening.dialect, stop, packets })
+        Ok(Channels { senders, dialect: opening.dialect, stop, packets, packing })
     }
 
     /// How many there are.
@@ -121,7 +125,9 @@ impl Channels {
         lead: impl FnOnce(&Crew<'a>) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let senders = std::mem::take(&mut self.senders);
-        let crew = Crew::new(map, terms, self.dialect, self.stop.clone(), senders.len())?;
+        let packing = self.packing.clone();
+        let crew =
+            Crew::new(map, terms, (self.dialect, packing), self.stop.clone(), senders.len())?;
         let packets = &self.packets;
         let result = thread::scope(|scope| {
             let over = crew.over_when_dropped();

@@ -11,11 +11,11 @@ use whimbrel_wire::multifd::{MultifdInit, PacketHeader, pages_per_packet};
 
 use super::Opening;
 use super::crew::Crew;
-use crate::address::Address;
-use crate::channel::{self, Channel, ZeroCopy};
+use crate::channel::{self, Channel, Route, ZeroCopy};
 use crate::error::Error;
 use crate::packing::{Packer, Packing};
 use crate::settings::ZeroPageDetection;
+use crate::source::held::Held;
 use crate::source::setup::name;
 use crate::worker::{Cancel, Links};
 
@@ -53,14 +53,14 @@ impl Sender {
     /// Connects channel `number`, and says which one it is.
     pub(super) fn connect(
         number: u8,
-        address: &Address,
+        route: &Route,
         cancel: &Cancel,
         links: &Links,
         opening: &Opening,
         packing: &Packing,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
-        let channel = channel::connect(name, address, cancel, links).map_err(|error| match error {
+        let channel = route.connect(name, cancel, links).map_err(|error| match error {
             Error::Open { address, source, .. }
                 if matches!(
                     source.kind(),
@@ -89,6 +89,7 @@ impl Sender {
     pub(super) fn turn(&mut self, crew: &Crew<'_>, packets: &AtomicU64) -> Result<(), Error> {
         let mut claims = VecDeque::new();
         let mut packet = Packet::default();
+        let mut held = crew.wanted().map(|_| Held::new(true, &mut self.channel));
         loop {
             // What is begun is finished; what is not begun goes back on the map.
             if crew.is_halted() && !claims.front().is_some_and(Claim::is_begun) {
@@ -98,7 +99,11 @@ impl Sender {
                 if !crew.wait_until_quiet()? {
                     return Ok(());
                 }
-                crew.claim(&mut claims);
+                if let (Some(held), Some(wanted)) = (&mut held, crew.wanted()) {
+                    held.look(&self.channel, wanted, crew.now());
+                    self.channel.ready_to_send(None)?;
+                }
+                crew.claim(&mut claims, held.as_ref().map_or(0, |held| held.piece));
             }
             if claims.is_empty() {
                 return Ok(());
@@ -116,7 +121,7 @@ impl Sender {
     ) -> Result<(), Error> {
         let Packet { block: Some(index), normal, zero, whole } = packet else { return Ok(()) };
         let (normal_count, zero_count) = (normal.len() as u64, zero.len() as u64);
-        if crew.dialect().zeros == ZeroPageDetection::Legacy && !zero.is_empty() {
+        if crew.tells_zeros_apart() && !zero.is_empty() {
             crew.tell_zeros(*index, zero.drain(..));
         }
         let before = self.channel.bytes_out();
@@ -156,7 +161,10 @@ impl Sender {
         zero.clear();
         packet.block = None;
         let bytes = self.channel.bytes_out() - before + self.take_bytes();
-        crew.sent(bytes, (normal_count, zero_count))
+        crew.sent(bytes, (normal_count, zero_count))?;
+        // Behind what the pace demands: to who waits for it that is a slow link like any other.
+        self.packer.sent();
+        Ok(())
     }
 
     /// Waits until nothing of this turn is read from guest memory any more. Says whether the kernel

@@ -1,0 +1,91 @@
+//! What parameters name by an identifier (`object-add`): TLS credentials, and who is let in.
+
+use std::collections::BTreeMap;
+
+use crate::address::Address;
+use crate::channel::tls::{Authorization, TlsClient, TlsCredentials, TlsServer};
+use crate::error::Error;
+use crate::settings::Parameters;
+
+/// One of them.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Object {
+    /// Certificates and keys, for parameter `tls-creds`.
+    TlsCredentials(TlsCredentials),
+    /// Who may migrate into here, for parameter `tls-authz`.
+    Authorization(Authorization),
+}
+
+impl From<TlsCredentials> for Object {
+    fn from(credentials: TlsCredentials) -> Object {
+        Object::TlsCredentials(credentials)
+    }
+}
+
+impl From<Authorization> for Object {
+    fn from(authorization: Authorization) -> Object {
+        Object::Authorization(authorization)
+    }
+}
+
+/// All of them.
+#[derive(Debug, Default)]
+pub(crate) struct Objects(BTreeMap<String, Object>);
+
+impl Objects {
+    pub(crate) fn add(&mut self, id: &str, object: Object) -> Result<(), Error> {
+        if self.0.contains_key(id) {
+            return Err(Error::Refused(format!("there is an object with id '{id}' already")));
+        }
+        self.0.insert(id.into(), object);
+        Ok(())
+    }
+
+    /// A migration under way keeps what it has taken.
+    pub(crate) fn remove(&mut self, id: &str) -> Result<(), Error> {
+        match self.0.remove(id) {
+            Some(_) => Ok(()),
+            None => Err(Error::Refused(format!("object '{id}' not found"))),
+        }
+    }
+
+    /// How a source is to connect to `address`; `None` is without TLS.
+    pub(crate) fn client(
+        &self,
+        address: &Address,
+        parameters: &Parameters,
+    ) -> Result<Option<TlsClient>, Error> {
+        let Some(credentials) = self.credentials(parameters)? else { return Ok(None) };
+        let hostname = Some(&*parameters.tls_hostname).filter(|name| !name.is_empty());
+        credentials.client(address, hostname).map(Some)
+    }
+
+    /// How a destination is to be connected to; `None` is without TLS.
+    pub(crate) fn server(&self, parameters: &Parameters) -> Result<Option<TlsServer>, Error> {
+        let Some(credentials) = self.credentials(parameters)? else { return Ok(None) };
+        let authorization = match &*parameters.tls_authz {
+            "" => None,
+            id => match self.0.get(id) {
+                Some(Object::Authorization(authorization)) => Some(authorization.clone()),
+                _ => {
+                    return Err(Error::Refused(format!(
+                        "parameter 'tls-authz': no authorization with id '{id}': add it with \
+                         object-add"
+                    )));
+                }
+            },
+        };
+        credentials.server(authorization).map(Some)
+    }
+
+    fn credentials(&self, parameters: &Parameters) -> Result<Option<&TlsCredentials>, Error> {
+        match (&*parameters.tls_creds, self.0.get(&parameters.tls_creds)) {
+            ("", _) => Ok(None),
+            (_, Some(Object::TlsCredentials(credentials))) => Ok(Some(credentials)),
+            (id, _) => Err(Error::Refused(format!(
+                "No TLS credentials with id '{id}': add them with object-add"
+            ))),
+        }
+    }
+}
