@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use whimbrel_peers::wait;
 
 use super::contender::{Memory, Qemu, Side, content_file, cpu_seconds, whimbrel};
+use super::host_memory;
 use super::sample::{Row, Sample, keep, machine, table};
 use super::scratch::Scratch;
 use crate::workspace::Workspace;
@@ -138,6 +139,10 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
                 order.reverse();
             }
             for (who, row) in order {
+                // For a QEMU, a receiver or the page cache, and what a kernel keeps back.
+                if let Err(error) = host_memory::take_what_there_is(args.memory.bytes() * 4) {
+                    println!("memory is as it comes: {error:#}");
+                }
                 match bench.sample(scenario, who) {
                     Ok(sample) => {
                         let (name, speed) = (&row.contender, sample.gigabytes_per_second);
@@ -257,6 +262,7 @@ impl Bench<'_> {
         match scenario.way {
             Way::ReadCold => {
                 fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches (root)")?;
+                host_memory::take_what_there_is(self.args.memory.bytes() * 3)?;
             }
             Way::ReadWarm | Way::Write => {
                 std::io::copy(&mut File::open(file)?, &mut std::io::sink())?;
