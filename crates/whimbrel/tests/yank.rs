@@ -239,6 +239,33 @@ fn secret_channels_are_free_at_once_in_their_handshake_and_behind_it() {
 }
 
 #[test]
+fn a_source_that_keeps_a_pace_is_free_at_once() {
+    for capabilities in [&[][..], &[Capability::Multifd]] {
+        let alone = Alone::begin();
+        {
+            let what = format!("paced, {capabilities:?}");
+            let (source, destination) = (Side::running(&config()), Side::waiting(&config(), true));
+            source.switch_on(capabilities);
+            destination.switch_on(capabilities);
+            // Hours for what is sent first.
+            source.migrator.update_parameters(|p| p.max_bandwidth = 1).expect("allowed");
+            source.migrator.migrate(destination.listen("tcp:127.0.0.1:0")).expect("it starts");
+            until("both are at it", || {
+                [&source, &destination].map(Side::status) == [Some(MigrationStatus::Active); 2]
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            let (status, error) = yank(&source, &what);
+            assert_eq!(status, MigrationStatus::Failed, "{what}: {error}");
+            assert!(error.contains("shut down on request (yank)"), "{what}: {error}");
+            let info = destination.ended(&what);
+            assert_eq!(info.status, Some(MigrationStatus::Failed), "{what}: {info:?}");
+            source.expect_healthy(&what);
+        }
+        alone.expect_nothing_left("a yanked pace");
+    }
+}
+
+#[test]
 fn in_postcopy_it_pauses_on_both_sides_as_if_the_link_had_broken() {
     for (preempt, at_source) in [(true, true), (true, false), (false, true), (false, false)] {
         let what = format!("preempt {preempt}, at the source {at_source}");
