@@ -79,14 +79,14 @@ fn receive_exactly(channel: &mut Channel, bytes: &mut [u8]) {
 }
 
 fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at * 7 + at / 251) as u8).collect()
+    (0..len).map(|at| ((at * 7 + at / 251) % 256).to_le_bytes()[0]).collect()
 }
 
 #[test]
 fn bytes_arrive_as_they_were_sent_in_pieces_of_any_size() {
     let (mut near, mut far) = secret_pair();
     let sent = pattern(3_000_000);
-    let reading = thread::spawn({
+    let read = {
         let expected = sent.clone();
         move || {
             let mut found = vec![0; expected.len()];
@@ -105,7 +105,8 @@ fn bytes_arrive_as_they_were_sent_in_pieces_of_any_size() {
             pieces.push_buffer(&mut byte);
             assert_eq!(far.receive(&mut pieces).unwrap(), 0, "close_notify is the end");
         }
-    });
+    };
+    let reading = thread::Builder::new().name("reads".into()).spawn(read).unwrap();
     let mut rest = &*sent;
     for len in [0, 1, 16_384, 16_385, 5, 700_000].into_iter().cycle() {
         let (now, later) = rest.split_at(len.min(rest.len()));
