@@ -66,7 +66,7 @@ impl Arrivals {
             main: None,
             multifd: std::iter::repeat_with(|| None).take(multifd.into()).collect(),
             uuid: None,
-            silent: listener.take_waiting(),
+            silent: listener.take_waiting().with_room_for(1 + usize::from(multifd)),
             last: None,
         };
         while !gathering.is_complete() {
@@ -109,15 +109,15 @@ impl Gathering {
         }
         let mut progress = self.silent.admit(listener, "multifd", stop)?;
         let mut partly = false;
-        for mut channel in self.silent.take_all() {
+        for (mut channel, since) in self.silent.take_all() {
             match hear(&mut channel)? {
                 Said::Nothing => {
-                    self.silent.keep(channel);
+                    self.silent.keep(channel, since);
                     continue;
                 }
                 Said::Part => {
                     partly = true;
-                    self.silent.keep(channel);
+                    self.silent.keep(channel, since);
                     continue;
                 }
                 Said::Wrong(reason) => listener.refuse(&reason),

@@ -27,7 +27,7 @@ pub use by_postcopy::ByPostcopy;
 pub use disk::DirectIo;
 pub use on_channels::Multifd;
 pub use open::KeptVm;
-pub(crate) use supply::Supply;
+pub use restore::Restoring;
 pub use touch::Touch;
 pub(crate) use writers::Changes;
 
