@@ -8,16 +8,18 @@
 mod drive;
 pub mod seeds;
 mod targets;
+mod unpack;
 
 pub use targets::{
     device_tail, main_stream, mapped_ram, multifd, ram_records, return_path, vmdesc, xbzrle,
 };
+pub use unpack::unpack;
 
 /// A fuzz target's name and body.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 8] = [
+pub const TARGETS: [Target; 9] = [
     ("main_stream", main_stream),
     ("device_tail", device_tail),
     ("ram_records", ram_records),
@@ -26,4 +28,5 @@ pub const TARGETS: [Target; 8] = [
     ("mapped_ram", mapped_ram),
     ("multifd", multifd),
     ("vmdesc", vmdesc),
+    ("unpack", unpack),
 ];

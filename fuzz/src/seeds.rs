@@ -37,7 +37,10 @@ pub fn all() -> io::Result<Vec<(&'static str, String, Vec<u8>)>> {
         match stream.first_chunk::<4>() {
             Some(b"QEVM") => seed_main(&stream, &mut add),
             Some([8, ..]) => add("main_stream", head(&stream).to_vec()),
-            Some([0x11, 0x22, 0x33, 0x44]) => add("multifd", head(&stream).to_vec()),
+            Some([0x11, 0x22, 0x33, 0x44]) => {
+                add("multifd", head(&stream).to_vec());
+                crate::unpack::seed(&stream, &mut add);
+            }
             Some([0, 0, 0, _]) | None if stem.contains("preempt") && !stem.ends_with("rp") => {
                 let mut records = vec![1];
                 records.extend_from_slice(head(&stream));

@@ -25,6 +25,9 @@ mod address;
 mod channel;
 mod destination;
 mod error;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod global_state;
 mod guest;
 mod hello;

@@ -229,9 +229,9 @@ impl Channel {
         self.name = name;
     }
 
-    /// From here on `cancel` is what ends its waits.
-    pub(crate) fn heed(&mut self, cancel: Cancel) {
-        self.cancel = cancel;
+    /// From here on `cancel` is what ends its waits; gives what did before.
+    pub(crate) fn heed(&mut self, cancel: Cancel) -> Cancel {
+        std::mem::replace(&mut self.cancel, cancel)
     }
 
     /// How many bytes have been written.

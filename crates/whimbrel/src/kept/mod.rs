@@ -28,7 +28,6 @@ pub use disk::DirectIo;
 pub use on_channels::Multifd;
 pub use open::KeptVm;
 pub use restore::Restoring;
-pub(crate) use supply::Supply;
 pub use touch::Touch;
 pub(crate) use writers::Changes;
 
