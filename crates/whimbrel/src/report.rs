@@ -259,7 +259,6 @@ impl Report {
             dirty_sync_missed_zero_copy: get(&c.missed_zero_copy),
             precopy_bytes: get(&c.precopy_bytes),
             downtime_bytes: get(&c.downtime_bytes),
-            ..MigrationStats::default()
         }
     }
 }

@@ -37,10 +37,13 @@ pub(crate) struct Listener {
     refusals: Refusals,
 }
 
+/// Who wants to know why.
+type Told = Box<dyn Fn(&Error) + Send + Sync>;
+
 /// Connections that were turned away while others are waited for.
 #[derive(Default)]
 struct Refusals {
-    told: Option<Box<dyn Fn(&Error) + Send + Sync>>,
+    told: Option<Told>,
     last: Mutex<Option<String>>,
 }
 
