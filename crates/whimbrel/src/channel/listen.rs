@@ -37,7 +37,7 @@ pub(crate) struct Listener {
     refusals: Refusals,
 }
 
-/// Who is told of a connection that was turned away.
+/// Who wants to know why.
 type Told = Box<dyn Fn(&Error) + Send + Sync>;
 
 /// Connections that were turned away while others are waited for.

@@ -125,7 +125,7 @@ impl Channel {
         match handshake.step(self.end.as_fd()) {
             Ok(Progress::Needs(what)) => Ok(Some(what)),
             Ok(Progress::Done(session)) => {
-                self.security = Security::Secret(Arc::from(session));
+                self.security = Security::Secret(session);
                 Ok(None)
             }
             Err(reason) => {

@@ -131,7 +131,7 @@ impl Folder {
     }
 
     pub(crate) fn copy(&self, from: &str, to: &str) {
-        std::fs::copy(self.file(from), self.file(to)).expect("a file to copy");
+        std::fs::copy(self.file(from), self.file(to)).expect("it is there");
     }
 
     pub(crate) fn remove(&self, names: &[&str]) {

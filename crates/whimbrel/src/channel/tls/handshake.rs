@@ -34,7 +34,7 @@ pub(in crate::channel) enum Progress {
     /// The descriptor has to be ready for this.
     Needs(PollFlags),
     /// Nothing: it is over, and went well. Said once.
-    Done(Box<Session>),
+    Done(Arc<Session>),
 }
 
 enum Connection {
@@ -118,7 +118,7 @@ impl Handshake {
             match self.turn(socket)? {
                 Turn::Again => {}
                 Turn::Done => {
-                    return self.finish(socket).map(|session| Progress::Done(Box::new(session)));
+                    return self.finish(socket).map(|session| Progress::Done(Arc::new(session)));
                 }
                 Turn::NeedMore => {
                     if !self.show_next()? && !self.receive(socket)? {
