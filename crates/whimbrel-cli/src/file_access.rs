@@ -11,7 +11,7 @@ pub(crate) struct FileAccess {
     /// How many threads write or read the file (default: one for each processor, 4 at most)
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroU8>,
-    /// Past the page cache (O_DIRECT): off, auto (where the file system can, and it helps), or on;
+    /// Past the page cache (O_DIRECT): off, auto (writing, where the file system can), or on;
     /// without a value: on
     #[arg(
         long,

@@ -16,6 +16,8 @@ mod progress;
 mod receive;
 mod restore;
 mod signals;
+mod tls;
+mod tls_options;
 mod vm;
 mod vm_options;
 
@@ -43,6 +45,8 @@ enum Command {
     Receive(receive::Receive),
     /// Send a kept VM to a QEMU or whimbrel that waits for it.
     Restore(restore::Restore),
+    /// Make a CA and certificates, for migration over TLS.
+    Tls(tls::Tls),
     /// Show what a recorded stream or a kept VM holds, and what is wrong with it.
     Inspect(inspect::Inspect),
 }
@@ -54,6 +58,7 @@ fn main() -> ExitCode {
         Command::Migrate(migrate) => migrate.run(),
         Command::Receive(receive) => receive.run(),
         Command::Restore(restore) => restore.run(),
+        Command::Tls(tls) => tls.run(),
         Command::Inspect(inspect) => inspect.run(),
     };
     match result {

@@ -12,6 +12,7 @@ use crate::failure::Failure;
 use crate::file_access::FileAccess;
 use crate::progress::{Line, mib};
 use crate::signals::OnSignal;
+use crate::tls_options::TlsOfDestination;
 
 /// Take in a migration and keep it.
 #[derive(Debug, Args)]
@@ -32,6 +33,8 @@ pub(crate) struct Receive {
     touch: Touch,
     #[command(flatten)]
     file: FileAccess,
+    #[command(flatten)]
+    tls: TlsOfDestination,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -60,6 +63,9 @@ impl Receive {
             .with_multifd(self.multifd)
             .touching(self.touch)
             .writing_by(self.file.access());
+        let receiver = self.tls.secure(receiver)?.telling_refusals(|reason| {
+            eprintln!("whimbrel: a connection was refused, still waiting: {reason}");
+        });
         let stop = receiver.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         match receiver.socket_address() {

@@ -14,6 +14,7 @@ use crate::file_access::FileAccess;
 use crate::multifd_options::MultifdOptions;
 use crate::progress::{Line, describe, mib};
 use crate::signals::OnSignal;
+use crate::tls_options::TlsOfSource;
 
 /// Send a kept VM to whoever waits for it.
 #[derive(Debug, Args)]
@@ -39,6 +40,8 @@ pub(crate) struct Restore {
     access: FileAccess,
     #[command(flatten)]
     multifd: MultifdOptions,
+    #[command(flatten)]
+    tls: TlsOfSource,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -66,6 +69,7 @@ impl Restore {
             .restoring()?
             .reading_by(self.access.access())
             .with_multifd(self.multifd.to_multifd());
+        let restoring = self.tls.secure(restoring)?;
         let stop = restoring.stopper();
         let _signals = OnSignal::call(move || stop.stop())?;
         let progress = restoring.progress();

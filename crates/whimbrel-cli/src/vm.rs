@@ -12,6 +12,7 @@ use whimbrel_vm::{ReferenceVm, SerialOutput};
 use crate::failure::Failure;
 use crate::monitor;
 use crate::signals::OnSignal;
+use crate::tls_options::TlsOfVm;
 use crate::vm_options::VmOptions;
 
 /// Run the reference VM.
@@ -26,6 +27,8 @@ pub(crate) struct RunVm {
     /// names one
     #[arg(long, value_name = "URI")]
     incoming: Option<String>,
+    #[command(flatten)]
+    tls: TlsOfVm,
     /// Leave the guest stopped until QMP's cont
     #[arg(long, short = 'S')]
     paused: bool,
@@ -62,6 +65,7 @@ impl RunVm {
             false => Start::Paused,
         };
         let migrator = Arc::new(Migrator::new(vm.clone(), start));
+        self.tls.secure(&migrator, incoming)?;
         let (end, ended) = mpsc::channel();
         let _told = end_on_failed_incoming(&migrator, end.clone());
         let _signals = {

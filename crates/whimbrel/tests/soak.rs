@@ -5,6 +5,8 @@
 //! again. Both sides live in this process, so that whatever either of them leaves behind is here to
 //! be seen after the next migration, and after the next hundred.
 
+#[path = "support/pki.rs"]
+mod pki;
 #[path = "support/vms.rs"]
 mod vms;
 
@@ -15,9 +17,11 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use pki::{Authority, Who};
 use vms::{Dice, Held, LIMIT, Side, accelerators, expect_same_ram, seed, until};
 use whimbrel::{
-    Capability, MigrationInfo, MigrationStatus, MultifdCompression, Parameters, ZeroPageDetection,
+    Capability, MigrationInfo, MigrationStatus, MultifdCompression, Parameters, TlsCredentials,
+    TlsEndpoint, ZeroPageDetection,
 };
 use whimbrel_ram::TargetPage;
 use whimbrel_vm::{Config, Fill};
@@ -62,6 +66,7 @@ struct Hop {
     multifd: Option<Multifd>,
     return_path: bool,
     xbzrle: bool,
+    tls: bool,
     unix: bool,
     /// The guest runs at the destination at once, and faults while its RAM follows.
     autostart: bool,
@@ -78,6 +83,7 @@ impl Hop {
         multifd: None,
         return_path: true,
         xbzrle: false,
+        tls: false,
         unix: false,
         autostart: true,
         bandwidth: 0,
@@ -87,7 +93,7 @@ impl Hop {
     fn draw(dice: &mut Dice) -> Hop {
         let mut one_in = |n| dice.below(n) == 0;
         let (preempt, xbzrle, unix, autostart) = (one_in(2), one_in(4), one_in(3), one_in(3));
-        let (no_return_path, cancelled) = (one_in(8), one_in(5));
+        let (no_return_path, cancelled, tls) = (one_in(8), one_in(5), one_in(3));
         let when = dice.one_of(&[When::Last, When::Last, When::First, When::Halfway]);
         let multifd = (dice.below(4) > 0).then(|| Multifd::draw(dice));
         Hop {
@@ -95,6 +101,7 @@ impl Hop {
             preempt: preempt && when != When::Last,
             xbzrle: xbzrle && multifd.is_none(),
             multifd,
+            tls,
             return_path: when != When::Last || !no_return_path,
             unix,
             autostart,
@@ -105,7 +112,8 @@ impl Hop {
 
     fn capabilities(&self) -> Vec<(Capability, bool)> {
         use Capability as C;
-        let zero_copy = self.multifd.is_some_and(|multifd| multifd.zero_copy) && !self.unix;
+        let possible = !self.unix && !self.tls;
+        let zero_copy = possible && self.multifd.is_some_and(|multifd| multifd.zero_copy);
         vec![
             (C::PostcopyRam, self.when != When::Last),
             (C::PostcopyPreempt, self.preempt),
@@ -116,7 +124,9 @@ impl Hop {
         ]
     }
 
-    fn set(&self, parameters: &mut Parameters) {
+    fn set(&self, parameters: &mut Parameters, endpoint: TlsEndpoint) {
+        parameters.tls_creds = if self.tls { endpoint.name().into() } else { String::new() };
+        parameters.tls_hostname = if self.unix { "localhost".into() } else { String::new() };
         parameters.max_bandwidth = self.bandwidth;
         parameters.max_postcopy_bandwidth = self.bandwidth;
         let Some(multifd) = self.multifd else { return };
@@ -150,6 +160,7 @@ impl fmt::Display for Hop {
             (self.preempt, "preempt"),
             (self.xbzrle, "xbzrle"),
             (!self.return_path, "no return path"),
+            (self.tls, "TLS"),
             (self.unix, "unix"),
             (self.autostart, "autostart"),
             (self.cancelled, "after one that is cancelled"),
@@ -187,7 +198,8 @@ fn soak() {
         .map_or(20, |text| text.parse().expect("WHIMBREL_SOAK is a number of migrations"));
     let seed = seed("soak");
     let mut dice = Dice(seed);
-    let folder = tempfile::tempdir().expect("a folder");
+    let certificates = Authority::new("CA").folder(&Who::localhost());
+    let folder = certificates.path();
     let accel = dice.one_of(&accelerators());
     let config = Config {
         accel,
@@ -195,11 +207,11 @@ fn soak() {
         workload: format!("uniform,rate=3000,working-set=6M,seed={}", seed % 1000)
             .parse()
             .expect("a workload"),
-        fill: Fill::File(content(folder.path())),
+        fill: Fill::File(content(folder)),
         ..Config::new(MEMORY)
     };
     // One whose guest came from elsewhere, as all that follow: its migrator keeps how that went.
-    let mut here = go(&Hop::PLAIN, &Side::running(&config), &config, folder.path(), "the first");
+    let mut here = go(&Hop::PLAIN, &Side::running(&config), &config, folder, "the first");
     here.expect_healthy("the first");
     let held = Held::now();
     let mut memory = Vec::new();
@@ -208,9 +220,9 @@ fn soak() {
         let hop = Hop::draw(&mut dice);
         let what = format!("seed {seed}, migration {run} ({accel:?}: {hop})");
         if hop.cancelled {
-            cancel(&hop, &here, &config, folder.path(), &what);
+            cancel(&hop, &here, &config, folder, &what);
         }
-        let there = go(&hop, &here, &config, folder.path(), &what);
+        let there = go(&hop, &here, &config, folder, &what);
         expect_arrived(&hop, &here, &there, &what);
         here = there;
         here.expect_healthy(&what);
@@ -247,9 +259,13 @@ fn content(folder: &Path) -> PathBuf {
 /// A fresh VM that waits, and the guest on its way to it.
 fn begin(hop: &Hop, from: &Side, config: &Config, folder: &Path, what: &str) -> Side {
     let to = Side::waiting(config, hop.autostart);
-    for side in [from, &to] {
+    for endpoint in [TlsEndpoint::Client, TlsEndpoint::Server] {
+        let credentials = TlsCredentials::load(folder, endpoint).expect(what);
+        to.migrator.add_object(endpoint.name(), credentials).expect(what);
+    }
+    for (side, endpoint) in [(from, TlsEndpoint::Client), (&to, TlsEndpoint::Server)] {
         side.migrator.set_capabilities(&hop.capabilities()).expect(what);
-        side.migrator.update_parameters(|parameters| hop.set(parameters)).expect(what);
+        side.migrator.update_parameters(|parameters| hop.set(parameters, endpoint)).expect(what);
     }
     let address = match hop.unix {
         true => to.listen(&format!("unix:{}", folder.join("to").display())),

@@ -9,6 +9,7 @@ mod contender;
 mod control;
 mod host_memory;
 mod janitor;
+mod kept;
 mod multiboot;
 mod multifd;
 mod network;
@@ -33,6 +34,8 @@ pub(crate) enum Bench {
     ZeroCopy(zero_copy::Args),
     /// How long the control sockets take to answer while a guest moves, ours and QEMU's
     Control(control::Args),
+    /// A VM into a file and out of it, by way of whimbrel and by QEMU alone (cold reads need root)
+    Kept(kept::Args),
     /// One end of the plain transfer: a process of its own, so that its processor time is
     #[command(hide = true)]
     PlainEnd(plain::Args),
@@ -56,6 +59,7 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
         Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
         Bench::Control(args) => control::run(workspace, args),
         Bench::ControlAsker(args) => control::asker::run(args),
+        Bench::Kept(args) => kept::run(workspace, args),
         Bench::PlainEnd(args) => plain::run(args),
         Bench::RoundTripEnd(args) => postcopy::idle::run(args),
         Bench::Janitor => janitor::run(),

@@ -66,7 +66,7 @@ impl Arrivals {
             main: None,
             multifd: std::iter::repeat_with(|| None).take(multifd.into()).collect(),
             uuid: None,
-            silent: listener.take_waiting(),
+            silent: listener.take_waiting().with_room_for(1 + usize::from(multifd)),
             last: None,
         };
         while !gathering.is_complete() {
@@ -109,15 +109,15 @@ impl Gathering {
         }
         let mut progress = self.silent.admit(listener, "multifd", stop)?;
         let mut partly = false;
-        for mut channel in self.silent.take_all() {
+        for (mut channel, since) in self.silent.take_all() {
             match hear(&mut channel)? {
                 Said::Nothing => {
-                    self.silent.keep(channel);
+                    self.silent.keep(channel, since);
                     continue;
                 }
                 Said::Part => {
                     partly = true;
-                    self.silent.keep(channel);
+                    self.silent.keep(channel, since);
                     continue;
                 }
                 Said::Wrong(reason) => listener.refuse(&reason),
@@ -168,9 +168,10 @@ impl Gathering {
     fn missing(&self, listener: &Listener) -> Error {
         let missing: Vec<&str> = std::iter::once(self.main.is_none().then_some("main"))
             .chain(
-                (0u8..)
-                    .zip(&self.multifd)
-                    .map(|(number, channel)| channel.is_none().then(|| name::multifd(number))),
+                self.multifd
+                    .iter()
+                    .zip(0u8..)
+                    .map(|(channel, number)| channel.is_none().then(|| name::multifd(number))),
             )
             .flatten()
             .collect();

@@ -8,15 +8,33 @@ use super::{Channel, Listener};
 use crate::error::Error;
 use crate::worker::{Cancel, Woken};
 
-/// How many there may be; the oldest go first.
-const WAITING_MAX: usize = 64;
+/// How many there may be beside those that are waited for.
+const STRANGERS_MAX: usize = 128;
+
+/// A connection that has said nothing for so long may be dropped for another one.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// Connections, in the order in which they came.
-#[derive(Debug, Default)]
-pub(super) struct Waiting(Vec<Channel>);
+#[derive(Debug)]
+pub(super) struct Waiting {
+    channels: Vec<(Channel, Instant)>,
+    most: usize,
+}
+
+impl Default for Waiting {
+    fn default() -> Waiting {
+        Waiting { channels: Vec::new(), most: STRANGERS_MAX }
+    }
+}
 
 impl Waiting {
-    /// Takes in those that have come meanwhile; says whether any has.
+    /// With room for `expected` connections that are waited for.
+    pub(super) fn with_room_for(self, expected: usize) -> Waiting {
+        Waiting { most: expected + STRANGERS_MAX, ..self }
+    }
+
+    /// Takes in those that have come meanwhile; says whether any has. What there is no room for stays
+    /// in the listener's queue, until whoever was here first has spoken, or been silent too long.
     pub(super) fn admit(
         &mut self,
         listener: &Listener,
@@ -24,11 +42,10 @@ impl Waiting {
         cancel: &Cancel,
     ) -> Result<bool, Error> {
         let mut any = false;
-        while let Some(channel) = listener.accept_now(name, cancel)? {
-            if self.0.len() == WAITING_MAX {
-                self.0.remove(0);
-            }
-            self.0.push(channel);
+        while self.make_room()
+            && let Some(channel) = listener.accept_now(name, cancel)?
+        {
+            self.channels.push((channel, Instant::now()));
             any = true;
             if listener.as_fd().is_none() {
                 break; // Of what is not listened to there is one.
@@ -37,28 +54,51 @@ impl Waiting {
         Ok(any)
     }
 
+    /// Whether another one can be taken in; the oldest goes for it, if it has been silent too long.
+    fn make_room(&mut self) -> bool {
+        match self.until_room() {
+            None => true,
+            Some(wait) if wait.is_zero() => {
+                self.channels.remove(0);
+                true
+            }
+            Some(_) => false,
+        }
+    }
+
+    /// How long it is until another one can be taken in, if there is no room now.
+    fn until_room(&self) -> Option<Duration> {
+        let (_, since) = self.channels.first()?;
+        (self.channels.len() >= self.most).then(|| SILENCE.saturating_sub(since.elapsed()))
+    }
+
     /// Goes on with all handshakes, and takes out the first connection whose peer has shown who it
     /// is, or need not. Whoever shows the wrong thing is turned away.
     pub(super) fn next_known(&mut self, listener: &Listener) -> Option<Channel> {
         let mut known = None;
-        for mut channel in std::mem::take(&mut self.0) {
+        for (mut channel, since) in std::mem::take(&mut self.channels) {
             match (&known, channel.handshake()) {
                 (None, Ok(None)) => known = Some(channel),
-                (_, Ok(_)) => self.0.push(channel),
+                (_, Ok(_)) => self.channels.push((channel, since)),
                 (_, Err(reason)) => listener.refuse(&reason),
             }
         }
         known
     }
 
-    /// Keeps a connection of which nothing is known yet.
-    pub(super) fn keep(&mut self, channel: Channel) {
-        self.0.push(channel);
+    /// Keeps one that is known, before all others.
+    pub(super) fn keep_known(&mut self, channel: Channel) {
+        self.channels.insert(0, (channel, Instant::now()));
     }
 
-    /// Takes them all out.
-    pub(super) fn take_all(&mut self) -> Vec<Channel> {
-        std::mem::take(&mut self.0)
+    /// Takes them all out, to be looked at.
+    pub(super) fn take_all(&mut self) -> Vec<(Channel, Instant)> {
+        std::mem::take(&mut self.channels)
+    }
+
+    /// Keeps one that was taken out, and of which nothing is known yet.
+    pub(super) fn keep(&mut self, channel: Channel, since: Instant) {
+        self.channels.push((channel, since));
     }
 
     /// Waits until one of them, or another one, may have something to say, or a handshake has
@@ -72,14 +112,17 @@ impl Waiting {
         cancel: &Cancel,
     ) -> Result<Woken, Error> {
         let now = Instant::now();
-        let handshakes = self.0.iter().filter_map(Channel::handshake_deadline).min();
+        let channels = || self.channels.iter().map(|(channel, _)| channel);
+        let handshakes = channels().filter_map(Channel::handshake_deadline).min();
         let handshakes = handshakes.map(|deadline| deadline.saturating_duration_since(now));
-        let first = [timeout, handshakes].into_iter().flatten().min().unwrap_or(Duration::MAX);
-        let mut fds: Vec<_> = self.0.iter().map(AsFd::as_fd).collect();
-        fds.extend(listener.as_fd());
+        let room = self.until_room();
+        let first =
+            [timeout, handshakes, room].into_iter().flatten().min().unwrap_or(Duration::MAX);
+        let mut fds: Vec<_> = channels().map(AsFd::as_fd).collect();
+        fds.extend(listener.as_fd().filter(|_| room.is_none()));
         match cancel.wait_any(&fds, first).map_err(Error::system("waiting for connections"))? {
             Woken::Cancelled => Err(Error::Cancelled),
-            // A handshake's time is over: that is its affair.
+            // A handshake's time is over, or there is room for another one.
             Woken::TimedOut if timeout.is_none_or(|timeout| first < timeout) => Ok(Woken::Ready),
             woken => Ok(woken),
         }

@@ -27,6 +27,9 @@ const PAGE: usize = TARGET_PAGE.bytes();
 /// How long a source may take to close when its guest has arrived.
 const GOODBYE: Duration = Duration::from_secs(5);
 
+/// And when there is no time: longer than a round trip on any link that carries a guest.
+const HURRIED_GOODBYE: Duration = Duration::from_millis(200);
+
 /// Who takes the stream in: a VM that runs it or a file that keeps it.
 pub(crate) trait Host: Send {
     /// The machine that comes, before anything of it does.
@@ -439,31 +442,48 @@ impl Incoming {
 
     /// The guest has all it needs and is on its way: says so, and ends the connection.
     pub(crate) fn finish(mut self) -> Result<(), Error> {
-        if self.return_path {
-            self.answer(&ReturnMessage::Shut(0))?;
-        }
+        let told = match self.return_path {
+            true => self.last_word(&ReturnMessage::Shut(0)),
+            false => Ok(()),
+        };
         let mut channel = self.input.into_channel();
         // What is still coming (the description of our own machines) only explains; but closed
-        // before the source has, the connection could lose the answer.
-        let (mut rest, deadline) = ([0; 4096], Instant::now() + GOODBYE);
-        while Instant::now() < deadline
-            && matches!(channel.receive_until(&mut rest, deadline), Ok(Some(1..)))
-        {}
-        channel.finish()
+        // before the source has, the connection could lose the answer. So also when there is no time
+        // to lose: whoever is told of the guest's arrival may move it on at once.
+        let (mut rest, mut deadline) = ([0; 4096], Instant::now() + GOODBYE);
+        while Instant::now() < deadline {
+            match channel.receive_until(&mut rest, deadline) {
+                Ok(Some(1..)) => {}
+                Err(Error::Cancelled) if told.is_ok() => {
+                    channel.heed(Cancel::new().map_err(Error::system("making an eventfd"))?);
+                    deadline = deadline.min(Instant::now() + HURRIED_GOODBYE);
+                }
+                _ => break,
+            }
+        }
+        told.and(channel.finish())
     }
 
     /// The migration failed here: tells the source, as far as it listens.
     pub(crate) fn fail(mut self) {
-        // Its waits may have been ended, and are not begun again: a source that does not read is
-        // told nothing. Nor is one whose connection is what failed.
-        if self.return_path
-            && let Ok(now) = Cancel::new()
-        {
-            self.input.channel().heed(now);
-            if let Ok(Woken::Ready) = self.input.channel().ready_to_send(Some(Duration::ZERO)) {
-                let _ = self.answer(&ReturnMessage::Shut(1));
-            }
+        if self.return_path {
+            // One whose connection is what failed hears of it otherwise.
+            let _ = self.last_word(&ReturnMessage::Shut(1));
         }
+    }
+
+    /// Says it at once, though all waits may have been ended: a source that does not read is told
+    /// nothing.
+    fn last_word(&mut self, message: &ReturnMessage) -> Result<(), Error> {
+        let now = Cancel::new().map_err(Error::system("making an eventfd"))?;
+        let waits = self.input.channel().heed(now);
+        let told = match self.input.channel().ready_to_send(Some(Duration::ZERO)) {
+            Ok(Woken::Ready) => self.answer(message),
+            Ok(Woken::Cancelled | Woken::TimedOut) => Err(Error::Cancelled),
+            Err(error) => Err(error),
+        };
+        self.input.channel().heed(waits);
+        told
     }
 }
 

@@ -16,9 +16,9 @@ use whimbrel_ram::{RamBlock, TARGET_PAGE};
 pub enum DirectIo {
     /// Through the page cache.
     Off,
-    /// Past it where the file system can and it is the faster way: always when it is written, for
-    /// all of it goes to the disk before the source is told; when it is read, if most of it would
-    /// have to come from the disk anyway.
+    /// Whatever is faster. It is written past it where the file system can: all of it goes to the
+    /// disk before the source is told. It is read through it: that is as fast when the page cache
+    /// has nothing of it, and much faster when it has (docs/benchmarks.md).
     #[default]
     Auto,
     /// Past it. A file system that cannot is an error.

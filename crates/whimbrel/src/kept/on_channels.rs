@@ -1,8 +1,9 @@
 //! A kept VM's pages on multifd channels.
 
+use std::ops::Range;
 use std::time::Duration;
 
-use whimbrel_ram::{PageMap, TARGET_PAGE};
+use whimbrel_ram::{BlockIndex, PageMap, TARGET_PAGE};
 use whimbrel_wire::encode_end_of_section;
 
 use super::KeptVm;
@@ -14,7 +15,7 @@ use crate::channel::Route;
 use crate::error::Error;
 use crate::report::set;
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
-use crate::source::multifd::{Channels, Crew, Opening, Terms};
+use crate::source::multifd::{self, Channels, Crew, Opening, Terms};
 use crate::source::setup::{PINGS_AT_SETUP, RAM_SECTION, Stream};
 
 /// How often it is looked whether the destination has something to say.
@@ -146,4 +147,14 @@ pub(super) fn send_pages(
         stream.out.channel().heed(restoring.cancel.clone());
         stream.explain(error)
     })
+}
+
+impl multifd::Supply for Supply {
+    fn have(&self, block: BlockIndex, pages: Range<u64>) -> Result<(), Error> {
+        Supply::have(self, block, pages)
+    }
+
+    fn sent(&self, block: BlockIndex, pages: Range<u64>) {
+        Supply::sent(self, block, pages);
+    }
 }

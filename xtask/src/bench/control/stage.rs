@@ -25,6 +25,8 @@ const SETTLE: Duration = Duration::from_secs(2);
 const IDLE: Duration = Duration::from_secs(3);
 /// What goes over it then, in bytes a second.
 const IDLE_BANDWIDTH: u64 = 16 << 20;
+/// How long it is full, at least.
+const LOADED: Duration = Duration::from_secs(2);
 /// How long it stands still in the middle of a device section.
 const STALL: Duration = Duration::from_secs(3);
 /// Long enough that a guest which writes as fast as it can is switched over after one pass.
@@ -112,9 +114,12 @@ impl Contender<'_> {
         pair.source.qmp.migrate(&uri)?;
         let active = until(&mut pair.source.qmp, "active")?;
         std::thread::sleep(IDLE);
-        let unlimited = json!({ "max-bandwidth": 0, "downtime-limit": DOWNTIME_MS });
+        let unlimited = json!({ "max-bandwidth": 0 });
         pair.source.qmp.execute("migrate-set-parameters", &unlimited)?;
         let loaded = now()?;
+        std::thread::sleep(LOADED);
+        let soon = json!({ "downtime-limit": DOWNTIME_MS });
+        pair.source.qmp.execute("migrate-set-parameters", &soon)?;
         let stopped = pair.source.qmp.wait_event("STOP", MIGRATION_MAX)?.at;
         let gone = until(&mut pair.source.qmp, "completed")?;
         let resumed = pair.destination.qmp.wait_event("RESUME", MIGRATION_MAX)?.at;

@@ -1,5 +1,6 @@
 //! All senders of one map, as `source/main` sees them: turns are given, waited for, halted.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +12,6 @@ use super::Dialect;
 use super::sender::Sender;
 use crate::error::Error;
 use crate::hello::Features;
-use crate::kept::Supply;
 use crate::packing::{Packing, Peer};
 use crate::plan::Pace;
 use crate::report::{Report, add};
@@ -37,9 +37,18 @@ pub(crate) struct Terms<'a> {
     /// Pages that may hold something else than zeros, where that is known.
     pub(crate) content: Option<DirtyBits>,
     /// Where the pages come from that are not in memory: who knows which of them are zero.
-    pub(crate) supply: Option<&'a Supply>,
+    pub(crate) supply: Option<&'a dyn Supply>,
     /// In postcopy: they send beside the main channel, as far as nobody waits.
     pub(crate) beside: Option<Beside<'a>>,
+}
+
+/// Guest RAM that is not in memory by itself, but when it is asked for.
+pub(crate) trait Supply: std::fmt::Debug + Sync {
+    /// Has pages in memory, up to when they have been sent.
+    fn have(&self, block: BlockIndex, pages: Range<u64>) -> Result<(), Error>;
+
+    /// The content of these pages has gone out.
+    fn sent(&self, block: BlockIndex, pages: Range<u64>);
 }
 
 /// What senders heed that send beside the main channel.
@@ -390,20 +399,13 @@ impl<'a> Crew<'a> {
         lock(&self.pace).as_ref().map_or(most, |pace| pace.batch(most))
     }
 
-    /// `bytes` have gone out: waits as long as the pace demands.
-    pub(super) fn sent(&self, bytes: u64, (normal, duplicate): (u64, u64)) -> Result<(), Error> {
+    /// `bytes` have gone out; gives how long the pace has the sender wait.
+    pub(super) fn sent(&self, bytes: u64, (normal, duplicate): (u64, u64)) -> Duration {
         self.went(bytes);
         add(&self.terms.report.counters.normal, normal);
         add(&self.terms.report.counters.duplicate, duplicate);
         let now = self.now();
-        let wait = lock(&self.pace).as_mut().map_or(Duration::ZERO, |pace| pace.sent(bytes, now));
-        if wait.is_zero() {
-            return Ok(());
-        }
-        match self.stop.sleep(wait).map_err(Error::system("waiting"))? {
-            Woken::Cancelled => Err(Error::Cancelled),
-            Woken::Ready | Woken::TimedOut => Ok(()),
-        }
+        lock(&self.pace).as_mut().map_or(Duration::ZERO, |pace| pace.sent(bytes, now))
     }
 
     fn went(&self, bytes: u64) {

@@ -21,7 +21,7 @@ use crate::packing::{Packing, Peer};
 use crate::settings::{MultifdCompression, Parameters, ZeroPageDetection};
 use crate::worker::{Cancel, Links, Role, scoped};
 
-pub(crate) use crew::{Beside, Crew, Log, Terms};
+pub(crate) use crew::{Beside, Crew, Log, Supply, Terms};
 use sender::Sender;
 
 /// How the destination wants it, which both sides know from the machine type.
