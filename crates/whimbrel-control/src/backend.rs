@@ -4,7 +4,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 use whimbrel::{
-    Address, Capabilities, Capability, Event, MigrationInfo, MigrationStatus, Parameters, RunState,
+    Address, Capabilities, Capability, Event, MigrationInfo, MigrationStatus, Object, Parameters,
+    RunState,
 };
 
 use crate::QmpError;
@@ -52,6 +53,17 @@ pub trait Backend: Send + Sync {
     /// Applies `change` to the parameters, with no other change between its reading and its
     /// writing. With an error, from it or from a check of its outcome, none changes.
     fn update_parameters(&self, change: ParameterChange<'_>) -> Result<(), QmpError>;
+
+    /// Adds what parameters can name by `id`, such as TLS credentials.
+    fn add_object(&self, id: &str, object: Object) -> Result<(), QmpError> {
+        let _ = (id, object);
+        Err(QmpError::generic("this VMM takes no objects"))
+    }
+
+    /// Removes it.
+    fn remove_object(&self, id: &str) -> Result<(), QmpError> {
+        Err(QmpError::generic(format_args!("object '{id}' not found")))
+    }
 
     /// Begins a migration to `destination`.
     fn migrate(&self, destination: Address) -> Result<(), QmpError>;

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use whimbrel::{
-    Address, Capabilities, Capability, MigrationInfo, MigrationStatus, Migrator, Parameters,
-    RunState,
+    Address, Capabilities, Capability, MigrationInfo, MigrationStatus, Migrator, Object,
+    Parameters, RunState,
 };
 
 use crate::backend::{Backend, EventListener, ParameterChange, Subscription};
@@ -114,6 +114,14 @@ impl Backend for MigratorBackend {
             }
         });
         outcome.and(checked.map_err(QmpError::generic))
+    }
+
+    fn add_object(&self, id: &str, object: Object) -> Result<(), QmpError> {
+        self.migrator.add_object(id, object).map_err(QmpError::generic)
+    }
+
+    fn remove_object(&self, id: &str) -> Result<(), QmpError> {
+        self.migrator.remove_object(id).map_err(QmpError::generic)
     }
 
     fn migrate(&self, destination: Address) -> Result<(), QmpError> {

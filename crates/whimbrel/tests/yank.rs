@@ -3,6 +3,8 @@
 
 #[path = "support/far_source.rs"]
 mod far_source;
+#[path = "support/pki.rs"]
+mod pki;
 #[path = "support/vms.rs"]
 mod vms;
 
@@ -11,9 +13,10 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use far_source::FarSource;
+use pki::{Authority, Who};
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType};
 use vms::{Alone, Side, expect_movable, until};
-use whimbrel::{Address, Capability, MigrationStatus, RunState};
+use whimbrel::{Address, Capability, MigrationStatus, RunState, TlsCredentials, TlsEndpoint};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
 /// What "at once" is, on a machine that is busy with other tests.
@@ -183,6 +186,83 @@ fn a_destination_whose_other_channels_do_not_come_is_free_at_once() {
         assert!(error.contains("shut down on request (yank)"), "{error}");
     }
     alone.expect_nothing_left("a yanked destination that waits for channels");
+}
+
+/// Has its channels be secret.
+fn secure(side: &Side, credentials: &pki::Folder, endpoint: TlsEndpoint) {
+    let credentials = TlsCredentials::load(credentials.path(), endpoint).expect("they are good");
+    side.migrator.add_object("tls0", credentials).expect("the first");
+    side.migrator.update_parameters(|p| p.tls_creds = "tls0".into()).expect("allowed");
+}
+
+#[test]
+fn secret_channels_are_free_at_once_in_their_handshake_and_behind_it() {
+    let credentials = Authority::new("a CA").folder(&Who::localhost());
+    let alone = Alone::begin();
+    {
+        // A source that says nothing, and a destination that does not either.
+        let destination = Side::waiting(&config(), true);
+        secure(&destination, &credentials, TlsEndpoint::Server);
+        let _silent = FarSource::connect(&destination.listen("tcp:127.0.0.1:0"), &config());
+        std::thread::sleep(Duration::from_millis(20));
+        let (status, error) = yank(&destination, "a handshake, destination");
+        assert_eq!(status, MigrationStatus::Failed, "{error}");
+        assert!(error.contains("shut down on request (yank)"), "{error}");
+        let source = Side::running(&config());
+        secure(&source, &credentials, TlsEndpoint::Client);
+        let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = silent.local_addr().expect("its address").port();
+        let address = Address::Tcp { host: "127.0.0.1".into(), port };
+        source.migrator.migrate(address).expect("it starts");
+        std::thread::sleep(Duration::from_millis(20));
+        let (status, error) = yank(&source, "a handshake, source");
+        assert_eq!(status, MigrationStatus::Failed, "{error}");
+        assert!(error.contains("shut down on request (yank)"), "{error}");
+        source.expect_healthy("a handshake");
+
+        // Both, in the middle of it.
+        let destination = Side::waiting(&config(), true);
+        secure(&destination, &credentials, TlsEndpoint::Server);
+        source.migrator.update_parameters(|p| p.max_bandwidth = 1).expect("allowed");
+        source.migrator.migrate(destination.listen("tcp:127.0.0.1:0")).expect("it starts");
+        until("both are at it", || {
+            [&source, &destination].map(Side::status) == [Some(MigrationStatus::Active); 2]
+        });
+        let (status, error) = yank(&source, "behind the handshake");
+        assert_eq!(status, MigrationStatus::Failed, "{error}");
+        assert!(error.contains("shut down on request (yank)"), "{error}");
+        let info = destination.ended("its source is gone");
+        assert_eq!(info.status, Some(MigrationStatus::Failed), "{info:?}");
+        source.expect_healthy("behind the handshake");
+    }
+    alone.expect_nothing_left("yanked secrets");
+}
+
+#[test]
+fn a_source_that_keeps_a_pace_is_free_at_once() {
+    for capabilities in [&[][..], &[Capability::Multifd]] {
+        let alone = Alone::begin();
+        {
+            let what = format!("paced, {capabilities:?}");
+            let (source, destination) = (Side::running(&config()), Side::waiting(&config(), true));
+            source.switch_on(capabilities);
+            destination.switch_on(capabilities);
+            // Hours for what is sent first.
+            source.migrator.update_parameters(|p| p.max_bandwidth = 1).expect("allowed");
+            source.migrator.migrate(destination.listen("tcp:127.0.0.1:0")).expect("it starts");
+            until("both are at it", || {
+                [&source, &destination].map(Side::status) == [Some(MigrationStatus::Active); 2]
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            let (status, error) = yank(&source, &what);
+            assert_eq!(status, MigrationStatus::Failed, "{what}: {error}");
+            assert!(error.contains("shut down on request (yank)"), "{what}: {error}");
+            let info = destination.ended(&what);
+            assert_eq!(info.status, Some(MigrationStatus::Failed), "{what}: {info:?}");
+            source.expect_healthy(&what);
+        }
+        alone.expect_nothing_left("a yanked pace");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use whimbrel::{Capability, MigrationStatus, RunState};
 
 use super::address::Place;
 use super::arguments::Arguments;
+use super::object;
 use super::parameters;
 use super::yank;
 use crate::{Backend, QmpError};
@@ -15,7 +16,7 @@ type Outcome = Result<Value, QmpError>;
 type Run = fn(Arguments, &dyn Backend) -> Outcome;
 
 /// Every command but the two that a session answers itself.
-const COMMANDS: [(&str, Run); 20] = [
+const COMMANDS: [(&str, Run); 22] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
@@ -25,6 +26,8 @@ const COMMANDS: [(&str, Run); 20] = [
     ("migrate-set-parameters", migrate_set_parameters),
     ("migrate-start-postcopy", migrate_start_postcopy),
     ("migrate_cancel", migrate_cancel),
+    ("object-add", object::add),
+    ("object-del", object::delete),
     ("query-commands", query_commands),
     ("query-migrate", query_migrate),
     ("query-migrate-capabilities", query_migrate_capabilities),

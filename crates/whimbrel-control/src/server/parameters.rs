@@ -5,6 +5,9 @@ use whimbrel::{Parameters, SettingError};
 
 use crate::QmpError;
 
+/// Names that are unset by null, which is the same as an empty one.
+const RESET_BY_NULL: [&str; 3] = ["tls-creds", "tls-hostname", "tls-authz"];
+
 /// Puts `changes` over `parameters`. Names, types and ranges are those of [`Parameters`], so
 /// that one added there is known here.
 pub(super) fn merge(
@@ -19,6 +22,10 @@ pub(super) fn merge(
     let mut outcome = parameters.clone();
     for (name, value) in changes {
         let Some(present) = merged.get(name) else { return Err(QmpError::unexpected(name)) };
+        // QEMU's way to unset a name.
+        let unset = Value::String(String::new());
+        let value =
+            if value.is_null() && RESET_BY_NULL.contains(&&**name) { &unset } else { value };
         check_type(name, present, value)?;
         merged.insert(name.clone(), value.clone());
         outcome = serde_json::from_value(Value::Object(merged.clone()))
@@ -102,6 +109,16 @@ mod tests {
         let expected =
             Parameters { max_bandwidth: 7, cpu_throttle_tailslow: true, ..Parameters::default() };
         assert_eq!(changed, Ok(expected));
+    }
+
+    #[test]
+    fn null_unsets_the_names_of_tls() {
+        let set = try_merge(json!({"tls-creds": "tls0", "tls-hostname": "a"}));
+        assert_eq!(set.map(|set| set.tls_creds), Ok("tls0".into()));
+        let mut parameters = Parameters { tls_creds: "tls0".into(), ..Parameters::default() };
+        let unset = json!({"tls-creds": null, "tls-authz": ""});
+        merge(&mut parameters, unset.as_object().unwrap()).unwrap();
+        assert_eq!(parameters, Parameters::default());
     }
 
     #[test]

@@ -168,9 +168,10 @@ impl Gathering {
     fn missing(&self, listener: &Listener) -> Error {
         let missing: Vec<&str> = std::iter::once(self.main.is_none().then_some("main"))
             .chain(
-                (0u8..)
-                    .zip(&self.multifd)
-                    .map(|(number, channel)| channel.is_none().then(|| name::multifd(number))),
+                self.multifd
+                    .iter()
+                    .zip(0u8..)
+                    .map(|(channel, number)| channel.is_none().then(|| name::multifd(number))),
             )
             .flatten()
             .collect();

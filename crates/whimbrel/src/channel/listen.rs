@@ -10,6 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
 
 use whimbrel_wire::ChannelKind;
 
@@ -20,7 +21,7 @@ use super::{Channel, Kind, end, exec, fd, file};
 use crate::address::Address;
 use crate::error::Error;
 use crate::status::SocketAddressInfo;
-use crate::worker::{Cancel, Links, Shut};
+use crate::worker::{Cancel, Links, Role, Shut, scoped};
 
 /// A bound address that the source has not come to yet.
 #[derive(Debug)]
@@ -264,6 +265,48 @@ impl Listener {
         };
         self.leave_waiting(waiting);
         Ok(accepted.known_as(name, cancel))
+    }
+}
+
+impl Listener {
+    /// Does `work`, and meanwhile, on a thread beside it, shakes hands with whoever comes next, for
+    /// [`accept`](Listener::accept) to find: a source may wait for that before it goes on with what
+    /// `work` waits for. Where nobody has to show who it is, there is nothing to do.
+    pub(crate) fn greeting<T>(&self, work: impl FnOnce() -> T) -> Result<T, Error> {
+        if self.tls.is_none() {
+            return Ok(work());
+        }
+        let stop = Cancel::new().map_err(Error::system("making an eventfd"))?;
+        thread::scope(|scope| {
+            let _stops = SetWhenDropped(&stop);
+            scoped(scope, Role::DestinationUrgent, || self.greet_next(&stop))
+                .map_err(Error::system("starting a thread"))?;
+            Ok(work())
+        })
+    }
+
+    /// An error is left to whoever accepts: it comes again.
+    fn greet_next(&self, stop: &Cancel) {
+        let mut waiting = self.take_waiting();
+        while waiting.admit(self, "urgent", stop).is_ok() {
+            if let Some(known) = waiting.next_known(self) {
+                waiting.keep_known(known);
+                break;
+            }
+            if waiting.wait(self, None, stop).is_err() {
+                break;
+            }
+        }
+        self.leave_waiting(waiting);
+    }
+}
+
+/// Ends a thread's wait, also when another one panics.
+struct SetWhenDropped<'c>(&'c Cancel);
+
+impl Drop for SetWhenDropped<'_> {
+    fn drop(&mut self) {
+        self.0.set();
     }
 }
 

@@ -128,7 +128,11 @@ impl Channel {
                 self.security = Security::Secret(Arc::new(session));
                 Ok(None)
             }
-            Err(reason) => Err(self.tls_error(reason)),
+            Err(reason) => {
+                // Not the other side's doing, where it was shut down here.
+                self.check(0)?;
+                Err(self.tls_error(reason))
+            }
         }
     }
 
@@ -410,11 +414,12 @@ impl Channel {
         Error::Tls { channel: self.name, reason }
     }
 
-    /// Sleeps, unless cancelled.
+    /// Sleeps, unless cancelled, or the connection is gone altogether.
     pub(crate) fn pause(&self, time: Duration) -> Result<(), Error> {
-        match self.cancel.sleep(time) {
+        // Nothing is asked of the descriptor: it is ready when there is nothing left to wait for.
+        match self.wait(PollFlags::empty(), Some(time)) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
-            Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+            Ok(Woken::Ready | Woken::TimedOut) => self.check(self.bytes_out),
             Err(error) => Err(self.error(error, self.bytes_out)),
         }
     }

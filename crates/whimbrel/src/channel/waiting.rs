@@ -86,6 +86,11 @@ impl Waiting {
         known
     }
 
+    /// Keeps one that is known, before all others.
+    pub(super) fn keep_known(&mut self, channel: Channel) {
+        self.channels.insert(0, (channel, Instant::now()));
+    }
+
     /// Takes them all out, to be looked at.
     pub(super) fn take_all(&mut self) -> Vec<(Channel, Instant)> {
         std::mem::take(&mut self.channels)

@@ -77,7 +77,10 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     job.set_status(MigrationStatus::Active);
     let mut incoming = Incoming::new(arrivals);
     let mut waiting = Waiting { job, runs: true };
-    let arrived = match incoming.receive(&mut waiting) {
+    let preempt = job.capabilities.has(Capability::PostcopyPreempt);
+    let mut receive = || incoming.receive(&mut waiting);
+    let arrived = if preempt { listener.greeting(receive)? } else { receive() };
+    let arrived = match arrived {
         Ok(arrived) => arrived,
         Err(error) => {
             incoming.fail();
@@ -97,7 +100,6 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
             }
         }
         Arrived::GuestFirst(package) => {
-            let preempt = job.capabilities.has(Capability::PostcopyPreempt);
             let terms = Terms {
                 report: &job.report,
                 links: &job.links,

@@ -212,7 +212,12 @@ fn take_in(
     links: &Links,
     urgent: Option<&Listener>,
 ) -> Result<(), Error> {
-    let Arrived::GuestFirst(package) = incoming.receive(keeper)? else { return Ok(()) };
+    let mut receive = || incoming.receive(keeper);
+    let arrived = match urgent {
+        Some(listener) => listener.greeting(receive)?,
+        None => receive(),
+    };
+    let Arrived::GuestFirst(package) = arrived? else { return Ok(()) };
     keeper.pause()?;
     let terms = Terms { report, links, urgent, blocktime: false };
     match incoming.receive_rest(package, keeper, &terms) {

@@ -91,7 +91,7 @@ struct Shared {
 #[derive(Debug)]
 pub(crate) struct Supply {
     shared: Arc<Shared>,
-    _readers: Vec<Worker>,
+    readers: Vec<Worker>,
 }
 
 impl Supply {
@@ -171,13 +171,13 @@ impl Supply {
             changed: Condvar::new(),
             cancel: cancel.clone(),
         });
-        let mut supply = Supply { shared, _readers: Vec::new() };
+        let mut supply = Supply { shared, readers: Vec::new() };
         for _ in 0..access.threads.get() {
             let ended = Cancel::new().map_err(Error::system("making an eventfd"))?;
             let shared = supply.shared.clone();
             let reader = Worker::start(Role::SourceRead, ended, move || shared.read_ahead())
                 .map_err(Error::system("starting a thread"))?;
-            supply._readers.push(reader);
+            supply.readers.push(reader);
         }
         Ok(supply)
     }

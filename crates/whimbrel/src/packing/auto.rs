@@ -7,8 +7,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use whimbrel_wire::multifd::packet_flag;
-
 use super::packer::Peer;
 use super::zstd::Compressor;
 use crate::plan::{Effort, Gone};
@@ -54,6 +52,13 @@ impl Auto {
         self.0.takes_any.store(peer == Peer::Whimbrel, Ordering::Relaxed);
     }
 
+    pub(super) fn peer(&self) -> Peer {
+        match self.0.takes_any.load(Ordering::Relaxed) {
+            true => Peer::Whimbrel,
+            false => Peer::Stock,
+        }
+    }
+
     /// One channel more.
     pub(super) fn join(&self) -> Member {
         self.0.effort().join();
@@ -82,21 +87,6 @@ struct Packet {
 }
 
 impl Member {
-    pub(super) fn peer(&self) -> Peer {
-        match self.shared.takes_any.load(Ordering::Relaxed) {
-            true => Peer::Whimbrel,
-            false => Peer::Stock,
-        }
-    }
-
-    /// The method that a packet names which has no pages but zero pages.
-    pub(super) fn flags_without_pages(&self) -> u32 {
-        match self.peer() {
-            Peer::Whimbrel => 0,
-            Peer::Stock => packet_flag::ZSTD,
-        }
-    }
-
     /// Begins a packet: what to compress its pages with, if that is to be done.
     pub(super) fn begin(&mut self) -> Option<&mut Compressor> {
         self.rung = self.shared.effort().rung();

@@ -17,7 +17,7 @@ const ROOM: usize = 1 << 20;
 /// Who takes the packets in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
-    /// A QEMU: every packet has to name the method that is configured.
+    /// A QEMU, as far as is known: every packet has to name the method that is configured.
     Stock,
     /// A whimbrel: every packet may be packed by another method.
     Whimbrel,
@@ -58,7 +58,13 @@ impl Packing {
             MultifdCompression::Zstd => Way::Zstd(Compressor::new(self.zstd_level)),
             MultifdCompression::Auto => Way::Auto(self.auto.join()),
         };
-        Packer { way, pages: Vec::new(), packed: Vec::new(), stored: Stored::default() }
+        Packer {
+            way,
+            auto: self.auto.clone(),
+            pages: Vec::new(),
+            packed: Vec::new(),
+            stored: Stored::default(),
+        }
     }
 }
 
@@ -66,6 +72,8 @@ impl Packing {
 #[derive(Debug)]
 pub(crate) struct Packer {
     way: Way,
+    /// Knows who takes the packets in.
+    auto: Auto,
     /// A copy of the pages: the guest writes to them, and compressors read twice.
     pages: Vec<u8>,
     packed: Vec<u8>,
@@ -110,20 +118,17 @@ impl Packer {
                 Way::None => 0,
                 Way::Zlib(_) => packet_flag::ZLIB,
                 Way::Zstd(_) => packet_flag::ZSTD,
-                Way::Auto(member) => member.flags_without_pages(),
+                Way::Auto(_) if self.auto.peer() == Peer::Whimbrel => 0,
+                Way::Auto(_) => packet_flag::ZSTD,
             };
             return Ok(Packed { flags, len: 0, data: Data::Guest(guest) });
         }
-        let Packer { way, pages: copy, packed, stored } = self;
-        let mut plain_for_stored = false;
+        let Packer { way, auto, pages: copy, packed, stored } = self;
         let plan = match way {
             Way::None => Plan::Plain,
             Way::Zlib(deflate) => Plan::Zlib(deflate),
             Way::Zstd(compressor) => Plan::Zstd(compressor),
-            Way::Auto(member) => {
-                plain_for_stored = member.peer() == Peer::Whimbrel;
-                member.begin().map_or(Plan::Stored, Plan::Zstd)
-            }
+            Way::Auto(member) => member.begin().map_or(Plan::Stored, Plan::Zstd),
         };
         let (flags, len) = match plan {
             Plan::Plain => (0, None),
@@ -141,7 +146,8 @@ impl Packer {
         };
         let packed = match len {
             Some(len) => Packed { flags, len, data: Data::Packed(&packed[..len]) },
-            None if flags == 0 || plain_for_stored => {
+            // A whimbrel has pages as they are read to where they belong.
+            None if flags == 0 || auto.peer() == Peer::Whimbrel => {
                 Packed { flags: 0, len: guest.len(), data: Data::Guest(guest) }
             }
             None => {

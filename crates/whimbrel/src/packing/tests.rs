@@ -121,9 +121,8 @@ proptest! {
             let fixed = match compression {
                 MultifdCompression::None => Some(Compression::None),
                 MultifdCompression::Zlib => Some(Compression::Zlib),
-                MultifdCompression::Zstd => Some(Compression::Zstd),
-                MultifdCompression::Auto if peer == Peer::Stock => Some(Compression::Zstd),
-                MultifdCompression::Auto => None,
+                _ if peer == Peer::Stock => Some(Compression::Zstd),
+                MultifdCompression::Zstd | MultifdCompression::Auto => None,
             };
             let method = method(packed.flags());
             prop_assert!(fixed.is_none_or(|fixed| fixed == method));
@@ -190,4 +189,45 @@ fn a_bomb_is_refused_at_its_first_byte_too_many() {
     let mut found = Unpacker::new();
     let found = found.unpack(Compression::None, &[0; 2 * PAGE], 1).unwrap_err();
     assert_eq!(found.to_string(), "expected 4096 bytes of pages in none, found more");
+}
+
+#[test]
+fn what_does_not_compress_goes_as_it_is() {
+    let pages: Vec<Vec<u8>> = (0..128).map(|seed| page(Content::Random, seed)).collect();
+    let (block, wanted) =
+        (block(&pages), std::array::from_fn::<_, 128, _>(|at| TargetPage(at as u64)));
+    let all = pages.concat();
+    for compression in [MultifdCompression::Zstd, MultifdCompression::Auto] {
+        let packing = Packing::new(&parameters(compression, 1), Peer::Stock);
+        let mut packer = packing.packer();
+        let packed = packer.pack(&block, &wanted).unwrap();
+        // A frame's header, and one before each 128 KiB.
+        assert_eq!(packed.len() as usize, all.len() + 9 + 4 * 3);
+        let stored = data(&packed);
+        assert_eq!(method(packed.flags()), Compression::Zstd);
+        assert!(Unpacker::new().unpack(Compression::Zstd, &stored, 128).unwrap() == all);
+        assert_eq!(zstd::decode_all(stored.as_slice()).unwrap(), all);
+        packing.set_peer(Peer::Whimbrel);
+        let packed = packer.pack(&block, &wanted).unwrap();
+        assert_eq!(method(packed.flags()), Compression::None);
+        assert_eq!(data(&packed), all);
+    }
+}
+
+/// A packet of zero pages alone has to name the method, too.
+#[test]
+fn a_packet_without_pages_names_the_method() {
+    let block = block(&[page(Content::Zero, 0)]);
+    for (compression, stock, whimbrel) in [
+        (MultifdCompression::None, Compression::None, Compression::None),
+        (MultifdCompression::Zlib, Compression::Zlib, Compression::Zlib),
+        (MultifdCompression::Zstd, Compression::Zstd, Compression::Zstd),
+        (MultifdCompression::Auto, Compression::Zstd, Compression::None),
+    ] {
+        for (peer, wanted) in [(Peer::Stock, stock), (Peer::Whimbrel, whimbrel)] {
+            let mut packer = Packing::new(&parameters(compression, 1), peer).packer();
+            let packed = packer.pack(&block, &[]).unwrap();
+            assert_eq!((packed.len(), method(packed.flags())), (0, wanted));
+        }
+    }
 }

@@ -130,6 +130,10 @@ impl Folder {
         fs::write(self.file(name), content).expect("a file");
     }
 
+    pub(crate) fn copy(&self, from: &str, to: &str) {
+        std::fs::copy(self.file(from), self.file(to)).unwrap();
+    }
+
     pub(crate) fn remove(&self, names: &[&str]) {
         names.iter().for_each(|name| fs::remove_file(self.file(name)).expect("it was there"));
     }

@@ -582,12 +582,12 @@ fn what_is_wrong_with_a_directory_is_said() {
         (|f| f.write("server-key.pem", "x"), server, "server-key.pem: no private key"),
         (|f| f.write("ca-crl.pem", ""), server, "ca-crl.pem: no 'X509 CRL'"),
         (
-            |f| drop(std::fs::copy(f.file("client-key.pem"), f.file("server-key.pem")).unwrap()),
+            |f| f.copy("client-key.pem", "server-key.pem"),
             server,
             "server-key.pem: not the private key of server-cert.pem",
         ),
         (
-            |f| drop(std::fs::copy(f.file("client-cert.pem"), f.file("server-cert.pem")).unwrap()),
+            |f| f.copy("client-cert.pem", "server-cert.pem"),
             server,
             "server-cert.pem: this certificate is not for this endpoint",
         ),

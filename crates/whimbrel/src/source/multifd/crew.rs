@@ -399,20 +399,13 @@ impl<'a> Crew<'a> {
         lock(&self.pace).as_ref().map_or(most, |pace| pace.batch(most))
     }
 
-    /// `bytes` have gone out: waits as long as the pace demands.
-    pub(super) fn sent(&self, bytes: u64, (normal, duplicate): (u64, u64)) -> Result<(), Error> {
+    /// `bytes` have gone out; gives how long the pace has the sender wait.
+    pub(super) fn sent(&self, bytes: u64, (normal, duplicate): (u64, u64)) -> Duration {
         self.went(bytes);
         add(&self.terms.report.counters.normal, normal);
         add(&self.terms.report.counters.duplicate, duplicate);
         let now = self.now();
-        let wait = lock(&self.pace).as_mut().map_or(Duration::ZERO, |pace| pace.sent(bytes, now));
-        if wait.is_zero() {
-            return Ok(());
-        }
-        match self.stop.sleep(wait).map_err(Error::system("waiting"))? {
-            Woken::Cancelled => Err(Error::Cancelled),
-            Woken::Ready | Woken::TimedOut => Ok(()),
-        }
+        lock(&self.pace).as_mut().map_or(Duration::ZERO, |pace| pace.sent(bytes, now))
     }
 
     fn went(&self, bytes: u64) {

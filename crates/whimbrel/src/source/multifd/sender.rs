@@ -161,7 +161,10 @@ impl Sender {
         zero.clear();
         packet.block = None;
         let bytes = self.channel.bytes_out() - before + self.take_bytes();
-        crew.sent(bytes, (normal_count, zero_count))?;
+        let wait = crew.sent(bytes, (normal_count, zero_count));
+        if !wait.is_zero() {
+            self.channel.pause(wait)?;
+        }
         // Behind what the pace demands: to who waits for it that is a slow link like any other.
         self.packer.sent();
         Ok(())
