@@ -49,7 +49,7 @@ pub trait Vm: Send + Sync {
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError>;
 
     /// The same with threads that load several devices at a time, and what is called; a VMM whose
-    /// devices need not all be loaded one after the other says so here, with a [`LoadRule`] for each:
+    /// devices need not all be loaded one after the other says so here, with a [`LoadRule`](crate::LoadRule) for each:
     ///
     /// ```
     /// # use whimbrel::{DeviceState, LoadRule, Loaders, VmError};
