@@ -23,6 +23,8 @@ const MEMORY: u64 = 6 << 20;
 struct Draw {
     cut: Cut,
     preempt: bool,
+    /// Multifd channels; 0 is without.
+    channels: u8,
     /// When the guest is told to go.
     after: Duration,
     bandwidth: u64,
@@ -31,7 +33,13 @@ struct Draw {
 
 fn draw(dice: &mut Dice) -> Draw {
     let preempt = dice.below(4) != 0;
-    let place = match dice.below(8) {
+    let channels = dice.one_of(&[0, 0, 1, 2, 4]);
+    let place = match dice.below(if channels > 0 { 12 } else { 8 }) {
+        8.. => {
+            let number = u8::try_from(dice.below(channels.into())).expect("one of them");
+            let range = dice.one_of(&[100, 3000, MEMORY / u64::from(channels)]);
+            Place::Multifd(number, dice.below(range))
+        }
         0 => Place::Main(dice.below(300)),
         1 => Place::Main(dice.below(MEMORY)),
         2 | 3 => Place::Package(dice.below(1500)),
@@ -44,6 +52,7 @@ fn draw(dice: &mut Dice) -> Draw {
     Draw {
         cut: Cut { place, failure },
         preempt,
+        channels,
         after: Duration::from_micros(dice.below(2) * dice.below(60_000)),
         bandwidth: dice.one_of(&[0, 32 << 20]),
         workload_seed: 1 + dice.below(1000),
@@ -56,13 +65,18 @@ fn config(workload_seed: u64) -> Config {
     Config { accel: AccelChoice::Native, workload, fill: Fill::Random, ..Config::new(MEMORY) }
 }
 
-fn pair(preempt: bool, bandwidth: u64, workload_seed: u64) -> (Side, Side) {
+fn pair(preempt: bool, channels: u8, bandwidth: u64, workload_seed: u64) -> (Side, Side) {
     let config = config(workload_seed);
     let (source, destination) = (Side::running(&config), Side::waiting(&config, true));
     for side in [&source, &destination] {
         side.switch_on(&[Capability::PostcopyRam]);
         if preempt {
             side.switch_on(&[Capability::PostcopyPreempt]);
+        }
+        if channels > 0 {
+            side.switch_on(&[Capability::Multifd]);
+            let set = |p: &mut whimbrel::Parameters| p.multifd_channels = channels;
+            side.migrator.update_parameters(set).expect("allowed");
         }
     }
     let change = |p: &mut whimbrel::Parameters| {
@@ -130,8 +144,10 @@ fn end_by_hand(side: &Side) {
 }
 
 fn cut_once(draw: &Draw, alone: &mut Alone, what: &str) -> Fate {
-    let (source, destination) = pair(draw.preempt, draw.bandwidth, draw.workload_seed);
-    let ways = Ways::start(&destination.listen("tcp:127.0.0.1:0"), draw.cut);
+    let (source, destination) =
+        pair(draw.preempt, draw.channels, draw.bandwidth, draw.workload_seed);
+    let address = destination.listen("tcp:127.0.0.1:0");
+    let ways = Ways::start(&address, draw.channels, draw.cut);
     source.migrator.migrate(ways.address.clone()).expect("it starts");
     sleep(draw.after);
     source.migrator.start_postcopy().expect("allowed");
@@ -169,8 +185,8 @@ fn cut_once(draw: &Draw, alone: &mut Alone, what: &str) -> Fate {
             assert!(!seen.run, "{what}: RUN went out");
             assert_eq!(source.migrator.run_state(), RunState::Running, "{what}");
             source.expect_healthy(&format!("{what}: the guest stayed"));
-            let off =
-                [Capability::PostcopyPreempt, Capability::PostcopyRam].map(|one| (one, false));
+            let off = [Capability::PostcopyPreempt, Capability::PostcopyRam, Capability::Multifd]
+                .map(|one| (one, false));
             source.migrator.set_capabilities(&off).expect("no migration runs");
             let fast =
                 |p: &mut whimbrel::Parameters| (p.max_bandwidth, p.downtime_limit) = (0, 300);
@@ -221,16 +237,17 @@ fn cancelled_at_any_moment_it_is_cancelled_or_too_late() {
     let [mut stayed, mut moved, mut refused] = [0; 3];
     for run in 0..runs {
         let preempt = dice.below(2) == 0;
+        let channels = dice.one_of(&[0, 3]);
         let at = |dice: &mut Dice, end| Duration::from_micros(dice.below(end));
         let (go, cancel) = (at(&mut dice, 60_000), at(&mut dice, 120_000));
         // A destination that does not say that it has loaded the devices before RUN goes out can end
         // with RUN on its way: what nobody can prevent without an answer.
         let at_source = dice.below(4) != 0 || !preempt;
         let what = format!(
-            "run {run}: preempt {preempt}, postcopy after {go:?}, cancelled after {cancel:?} at source {at_source}"
+            "run {run}: preempt {preempt}, {channels} channels, postcopy after {go:?}, cancelled after {cancel:?} at source {at_source}"
         );
         {
-            let (source, destination) = pair(preempt, 64 << 20, 1 + dice.below(1000));
+            let (source, destination) = pair(preempt, channels, 64 << 20, 1 + dice.below(1000));
             let address = destination.listen("tcp:127.0.0.1:0");
             source.migrator.migrate(address).expect("it starts");
             let start = Instant::now();

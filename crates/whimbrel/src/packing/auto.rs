@@ -14,8 +14,9 @@ use crate::plan::{Effort, Gone};
 /// The levels of zstd that are tried, from the least effort on; behind not to compress at all.
 const LEVELS: [i32; 4] = [-3, 1, 3, 7];
 
-/// Where it begins: at level 1.
-const BEGIN: usize = 2;
+/// Where it begins: at the least effort there is. None at all fills the sockets of a slow link, and
+/// more of it costs a fast one a good part of a whole migration, before it is known how fast it is.
+const BEGIN: usize = 1;
 
 /// A channel that has had nothing to send for longer is not slow.
 const IDLE: Duration = Duration::from_millis(5);
@@ -62,7 +63,7 @@ impl Auto {
     /// One channel more.
     pub(super) fn join(&self) -> Member {
         self.0.effort().join();
-        let compressor = Compressor::of_frames(LEVELS[BEGIN - 1]);
+        let compressor = Compressor::of_frames(LEVELS[0]);
         Member { shared: self.0.clone(), compressor, rung: BEGIN, packet: None, before: None }
     }
 }

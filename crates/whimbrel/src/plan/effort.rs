@@ -69,10 +69,8 @@ pub(crate) struct Effort {
     trial: Option<Trial>,
     /// The neighbour that is tried next.
     next: Direction,
-    /// No trial before, and none before if the rate changes.
-    rest: Duration,
-    rest_of_change: Duration,
-    pause: Duration,
+    /// When less may be tried again, and more.
+    rests: [Rest; 2],
     /// Until then the buffers may still be full of what a trial has left in them.
     deaf: Duration,
 }
@@ -81,6 +79,27 @@ pub(crate) struct Effort {
 enum Direction {
     Less,
     More,
+}
+
+/// Between trials in one direction.
+#[derive(Debug, Clone, Copy)]
+struct Rest {
+    /// No trial before this, and none before that if the rate has changed.
+    until: Duration,
+    until_of_change: Duration,
+    pause: Duration,
+}
+
+impl Rest {
+    const NONE: Rest =
+        Rest { until: Duration::ZERO, until_of_change: Duration::ZERO, pause: PAUSE_MIN };
+
+    /// A trial has been lost, which cost so much.
+    fn after(&mut self, cost: Duration, now: Duration) {
+        self.pause = (2 * self.pause).min(PAUSE_MAX);
+        self.until = now + self.pause.max(cost.div_f64(COST));
+        self.until_of_change = now + PAUSE_MIN.max(cost.div_f64(COST_OF_CHANGE));
+    }
 }
 
 #[derive(Debug)]
@@ -138,10 +157,8 @@ impl Effort {
             usual: Tally::default(),
             compared: None,
             trial: None,
-            next: Direction::Less,
-            rest: Duration::ZERO,
-            rest_of_change: Duration::ZERO,
-            pause: PAUSE_MIN,
+            next: Direction::More,
+            rests: [Rest::NONE; 2],
             deaf: Duration::ZERO,
         }
     }
@@ -206,20 +223,25 @@ impl Effort {
         let has_changed = self
             .compared
             .is_some_and(|compared| usual > compared * CHANGE || usual * CHANGE < compared);
-        let rest = if has_changed { self.rest_of_change } else { self.rest };
-        if now < rest {
-            return;
-        }
-        if has_changed {
-            self.pause = PAUSE_MIN;
-        }
-        let neighbour = |direction| match direction {
-            Direction::Less => self.rung.checked_sub(1),
-            Direction::More => Some(self.rung + 1).filter(|rung| *rung < self.rungs),
+        let neighbour = |direction: Direction| {
+            let rest = &self.rests[direction as usize];
+            let until = if has_changed { rest.until_of_change } else { rest.until };
+            match direction {
+                _ if now < until => None,
+                Direction::Less => self.rung.checked_sub(1),
+                Direction::More => Some(self.rung + 1).filter(|rung| *rung < self.rungs),
+            }
         };
-        let direction = self.next;
+        let directions = [self.next, self.next.other()];
+        let Some((rung, direction)) =
+            directions.into_iter().find_map(|way| Some((neighbour(way)?, way)))
+        else {
+            return;
+        };
+        if has_changed {
+            self.rests.iter_mut().for_each(|rest| rest.pause = PAUSE_MIN);
+        }
         self.next = direction.other();
-        let Some(rung) = neighbour(direction).or_else(|| neighbour(self.next)) else { return };
         self.compared = Some(usual);
         let (all, settled) = Default::default();
         self.trial = Some(Trial { rung, began: now, all, settled });
@@ -233,8 +255,7 @@ impl Effort {
             self.rung = trial.rung;
             self.usual = trial.settled;
             self.compared = Some(self.usual.rate());
-            self.pause = PAUSE_MIN;
-            (self.rest, self.rest_of_change) = (now, now);
+            self.rests = [Rest::NONE; 2];
             return;
         }
         // What the time of the trial would have carried, and did not; and as long again, at most,
@@ -243,9 +264,8 @@ impl Effort {
         let took = now.saturating_sub(trial.began);
         let cost = took.mul_f64(part);
         self.deaf = now + took;
-        self.pause = (2 * self.pause).min(PAUSE_MAX);
-        self.rest = now + self.pause.max(cost.div_f64(COST));
-        self.rest_of_change = now + PAUSE_MIN.max(cost.div_f64(COST_OF_CHANGE));
+        let direction = if trial.rung < self.rung { Direction::Less } else { Direction::More };
+        self.rests[direction as usize].after(cost, now);
     }
 }
 

@@ -92,6 +92,26 @@ impl Main {
         bytes > 0
     }
 
+    /// Reads what has come and answers what is asked in it: for a stream with a short time limit,
+    /// which may have ended.
+    pub(crate) fn answer_what_is_there(&mut self) {
+        let mut buffer = [0; 4096];
+        if let Ok(bytes) = self.stream.read(&mut buffer) {
+            self.held.extend_from_slice(&buffer[..bytes]);
+        }
+        while let Ok((used, decoded)) = self.decoder.decode(&self.held) {
+            self.held.drain(..used);
+            match decoded {
+                Decoded::Command(Command::Ping(value)) => {
+                    // A source that has gone takes no answer.
+                    let _ = self.say(&ReturnMessage::Pong(value));
+                }
+                Decoded::NeedMore(_) if used == 0 => return,
+                _ => {}
+            }
+        }
+    }
+
     fn take(&mut self, len: usize) -> Vec<u8> {
         while self.held.len() < len {
             assert!(self.fill(), "the source ends where {len} bytes have to come");

@@ -1,5 +1,11 @@
 //! A way between two hosts, with as many connections as they make, that fails at a byte of one.
 
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test binary uses the part it needs of what they share"
+)]
+
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +25,8 @@ pub(crate) enum Place {
     Package(u64),
     /// ... of the main channel, from RUN's last byte on.
     Rest(u64),
+    /// ... of a multifd channel, the first of which connects behind the main one.
+    Multifd(u8, u64),
     /// ... of the urgent channel.
     Urgent(u64),
     /// ... of the return path.
@@ -51,9 +59,19 @@ pub(crate) struct Seen {
     pub cut: bool,
 }
 
+/// What a connection is: sources connect in this order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Main,
+    Multifd(u8),
+    Urgent,
+}
+
 #[derive(Debug)]
 struct Shared {
     cut: Cut,
+    /// How many multifd channels there are.
+    channels: u8,
     seen: Mutex<Seen>,
     ends: Mutex<Vec<[TcpStream; 2]>>,
     frozen: AtomicBool,
@@ -68,7 +86,8 @@ pub(crate) struct Ways {
 }
 
 impl Ways {
-    pub(crate) fn start(upstream: &Address, cut: Cut) -> Ways {
+    /// A way to `upstream`, for a migration with so many multifd channels.
+    pub(crate) fn start(upstream: &Address, channels: u8, cut: Cut) -> Ways {
         let Address::Tcp { host, port } = upstream else { panic!("{upstream} is not TCP") };
         let upstream = (host.clone(), *port);
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
@@ -76,6 +95,7 @@ impl Ways {
         let port = listener.local_addr().expect("its address").port();
         let shared = Arc::new(Shared {
             cut,
+            channels,
             seen: Mutex::default(),
             ends: Mutex::default(),
             frozen: AtomicBool::new(false),
@@ -119,7 +139,11 @@ impl Shared {
             let Ok(there) = TcpStream::connect((upstream.0.as_str(), upstream.1)) else { continue };
             let clone = |stream: &TcpStream| stream.try_clone().expect("a descriptor");
             let mut ends = self.ends.lock().expect("no panic in the proxy");
-            let main = ends.is_empty();
+            let kind = match u8::try_from(ends.len()).expect("few connections") {
+                0 => Kind::Main,
+                number if number <= self.channels => Kind::Multifd(number - 1),
+                _ => Kind::Urgent,
+            };
             ends.push([clone(&source), clone(&there)]);
             drop(ends);
             let forth = (clone(&source), clone(&there));
@@ -127,8 +151,8 @@ impl Shared {
             let pump = |work: Box<dyn FnOnce() + Send>| {
                 Builder::new().name("proxy".into()).spawn(work).expect("a thread")
             };
-            pumps.push(pump(Box::new(move || me.pump(forth.0, forth.1, main, true))));
-            pumps.push(pump(Box::new(move || you.pump(there, source, main, false))));
+            pumps.push(pump(Box::new(move || me.pump(forth.0, forth.1, kind, true))));
+            pumps.push(pump(Box::new(move || you.pump(there, source, kind, false))));
         }
         self.end_all();
         pumps.into_iter().for_each(|pump| pump.join().expect("no panic in the proxy"));
@@ -142,8 +166,8 @@ impl Shared {
         }
     }
 
-    fn pump(&self, mut from: TcpStream, mut to: TcpStream, main: bool, forth: bool) {
-        let mut reader = (main && forth).then(Reader::default);
+    fn pump(&self, mut from: TcpStream, mut to: TcpStream, kind: Kind, forth: bool) {
+        let mut reader = (kind == Kind::Main && forth).then(Reader::default);
         let (mut total, mut buffer) = (0u64, vec![0; 16 << 10]);
         loop {
             let bytes = from.read(&mut buffer).unwrap_or(0);
@@ -159,12 +183,15 @@ impl Shared {
             }
             let run = reader.as_ref().and_then(|reader| reader.run_end);
             let package = reader.as_ref().and_then(|reader| reader.package_start);
-            let at = match (self.cut.place, main, forth) {
-                (Place::Main(at), true, true)
-                | (Place::Urgent(at), false, true)
-                | (Place::Answers(at), true, false) => Some(at),
-                (Place::Package(at), true, true) => package.map(|start| start + at),
-                (Place::Rest(at), true, true) => run.map(|end| end + at),
+            let at = match (self.cut.place, kind, forth) {
+                (Place::Multifd(number, at), Kind::Multifd(this), true) if number == this => {
+                    Some(at)
+                }
+                (Place::Main(at), Kind::Main, true)
+                | (Place::Urgent(at), Kind::Urgent, true)
+                | (Place::Answers(at), Kind::Main, false) => Some(at),
+                (Place::Package(at), Kind::Main, true) => package.map(|start| start + at),
+                (Place::Rest(at), Kind::Main, true) => run.map(|end| end + at),
                 _ => None,
             };
             let left = at.map(|at| at.saturating_sub(total));

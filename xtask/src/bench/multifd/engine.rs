@@ -19,7 +19,7 @@ use crate::bench::network::{End, Way};
 pub(super) const WORKING_SET_MIB: u32 = 128;
 /// From power on to the first tick: the firmware, without KVM.
 const BOOT_MAX: Duration = Duration::from_secs(60);
-/// The object that holds a QEMU's credentials.
+/// The object that holds the credentials.
 const CREDENTIALS: &str = "tls0";
 
 /// Who moves the guest.
@@ -60,7 +60,7 @@ impl Engine {
     pub(super) fn start(
         &self,
         end: End,
-        (scenario, method): (Scenario, Method),
+        scenario: Scenario,
         setup: &Setup,
         (content, way): (&Path, Way<'_>),
     ) -> Result<Side> {
@@ -70,9 +70,6 @@ impl Engine {
                 qemu_command(qemu.command()?, end, scenario, setup, content)?
             }
         };
-        if method.tls == Tls::On {
-            command.arg("-object").arg(self.credentials(end, setup)?);
-        }
         command.arg(if self.is_qemu() { "-qmp" } else { "--qmp" });
         let name = match end {
             End::Source => "source",
@@ -82,18 +79,6 @@ impl Engine {
             Self::Whimbrel { .. } => format!("unix:{}", socket.display()),
             Self::Qemu { .. } => format!("unix:{},server=on,wait=off", socket.display()),
         })
-    }
-
-    fn credentials(&self, end: End, setup: &Setup) -> Result<String> {
-        let folder = setup.credentials.as_ref().context("there are no certificates")?;
-        let endpoint = match end {
-            End::Source => "client",
-            End::Destination => "server",
-        };
-        Ok(format!(
-            "tls-creds-x509,id={CREDENTIALS},endpoint={endpoint},verify-peer=on,dir={}",
-            folder.display()
-        ))
     }
 
     /// Sets what both sides have to be set to, and what only the source needs.
@@ -116,6 +101,19 @@ impl Engine {
             capabilities.push("zero-copy-send");
         }
         if method.tls == Tls::On {
+            let folder = setup.credentials.as_ref().context("there are no certificates")?;
+            let endpoint = match end {
+                End::Source => "client",
+                End::Destination => "server",
+            };
+            let object = json!({
+                "qom-type": "tls-creds-x509",
+                "id": CREDENTIALS,
+                "dir": folder,
+                "endpoint": endpoint,
+                "verify-peer": true,
+            });
+            qmp.execute("object-add", &object)?;
             parameters["tls-creds"] = json!(CREDENTIALS);
         }
         if end == End::Source {
@@ -155,8 +153,7 @@ impl Engine {
             let small = Setup { memory, ..setup.clone() };
             let bare = Scenario { guest: Guest::Idle, room: Room::Untouched, ..scenario };
             let end = End::Destination;
-            let mut side =
-                self.start(end, (bare, method), &small, (Path::new(""), Way::Loopback))?;
+            let mut side = self.start(end, bare, &small, (Path::new(""), Way::Loopback))?;
             Self::configure(&mut side.qmp, end, (scenario, method), setup)
         };
         probe().err().map(|error: anyhow::Error| format!("{error:#}"))

@@ -2,8 +2,9 @@
 //! and QEMU's in turn, and the physical limit beside them.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use self::content::Content;
@@ -13,7 +14,7 @@ use self::scenario::{Between, Compression, Guest, Method, Room, Scenario, Tls};
 use super::contender::{Memory, Qemu, whimbrel};
 use super::host_memory;
 use super::janitor::{Janitor, Trace};
-use super::network::{Network, Way};
+use super::network::{DESTINATION_ADDRESS, Network, Way};
 use super::plain::{self, Transfer};
 use super::sample::{keep, machine};
 use super::scratch::Scratch;
@@ -71,7 +72,7 @@ pub(crate) struct Args {
     /// Switch on zero-copy-send, where it is neither compressed nor encrypted
     #[arg(long)]
     zero_copy: bool,
-    /// Certificates of both sides, laid out as QEMU's
+    /// Certificates of both sides, laid out as QEMU's, instead of some that 'whimbrel tls' makes
     #[arg(long, value_name = "FOLDER")]
     credentials: Option<PathBuf>,
     /// Measure against this QEMU, instead of the newest one fetched
@@ -101,7 +102,7 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         zlib_level: args.zlib_level,
         zstd_level: args.zstd_level,
         zero_copy: args.zero_copy,
-        credentials: args.credentials.as_ref().map(|path| path.canonicalize()).transpose()?,
+        credentials: credentials(workspace, args, folder.path())?,
         folder: folder.path().to_owned(),
     };
     let mut bench = Bench { args, engines, setup, rows: Vec::new(), whole: true };
@@ -271,6 +272,35 @@ impl Args {
     }
 }
 
+/// Where the certificates are, if any are needed.
+fn credentials(workspace: &Workspace, args: &Args, folder: &Path) -> Result<Option<PathBuf>> {
+    if let Some(given) = &args.credentials {
+        return Ok(Some(given.canonicalize().context(given.display().to_string())?));
+    }
+    if !args.tls.contains(&Tls::On) {
+        return Ok(None);
+    }
+    let whimbrel = whimbrel(workspace)?;
+    let (authority, host) = (folder.join("authority"), folder.join("host"));
+    let make = |arguments: &mut Command| -> Result<()> {
+        let output = arguments.output()?;
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "whimbrel tls: {}", complaint.trim());
+        Ok(())
+    };
+    make(Command::new(&whimbrel).args(["tls", "ca", "--dir"]).arg(&authority))?;
+    let addresses = ["127.0.0.1", DESTINATION_ADDRESS].map(|address| format!("--ip={address}"));
+    make(
+        Command::new(&whimbrel)
+            .args(["tls", "host", "--name", "localhost", "--ca"])
+            .arg(&authority)
+            .arg("--dir")
+            .arg(&host)
+            .args(addresses),
+    )?;
+    Ok(Some(host))
+}
+
 fn engines(workspace: &Workspace, args: &Args) -> Result<Vec<Engine>> {
     for without in &args.without {
         if !["whimbrel", "qemu", "plain"].contains(&without.as_str()) {
@@ -280,10 +310,6 @@ fn engines(workspace: &Workspace, args: &Args) -> Result<Vec<Engine>> {
     ensure!(
         args.memory.bytes() >= 512 << 20,
         "--memory must be 512M or more: a dirtying guest's working set lies above 256 MiB"
-    );
-    ensure!(
-        !args.tls.contains(&Tls::On) || args.credentials.is_some(),
-        "'--tls on' needs certificates: --credentials FOLDER"
     );
     let mut engines = Vec::new();
     if !args.leaves_out("whimbrel") {

@@ -23,8 +23,8 @@ pub(super) fn run(
     (content, way): (&Path, Way<'_>),
 ) -> Result<Figures> {
     let what = (scenario, method);
-    let mut source = engine.start(End::Source, what, setup, (content, way))?;
-    let mut destination = engine.start(End::Destination, what, setup, (content, way))?;
+    let mut source = engine.start(End::Source, scenario, setup, (content, way))?;
+    let mut destination = engine.start(End::Destination, scenario, setup, (content, way))?;
     Engine::configure(&mut source.qmp, End::Source, what, setup)?;
     Engine::configure(&mut destination.qmp, End::Destination, what, setup)?;
     let uri = json!({ "uri": format!("tcp:{}:0", way.destination()) });

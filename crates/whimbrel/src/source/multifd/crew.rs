@@ -203,7 +203,8 @@ impl<'a> Crew<'a> {
                 return Err(error);
             }
             if busy == 0 {
-                return Ok(true);
+                // One that was ended in its turn is no failure of its own, and has not sent it all.
+                return if self.stop.is_set() { Err(Error::Cancelled) } else { Ok(true) };
             }
             let left = end.saturating_duration_since(Instant::now());
             let woken = self.bell.wait(&self.stop, Some(left));
