@@ -144,7 +144,7 @@ impl<'a> Postcopy<'a> {
             .map_err(Failed::Before)?;
         let preempt = thread.out.is_some();
         let run_apart = agreed.has(Features::RUN_APART) && preempt;
-        thread::scope(|scope| {
+        let result = thread::scope(|scope| {
             let (said, all_sent, links) = (&said, &all_sent, self.links);
             let body = move || {
                 if let Err(error) = thread.run(&|| all_sent.load(Ordering::Acquire)) {
@@ -157,12 +157,14 @@ impl<'a> Postcopy<'a> {
             let result = self
                 .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
                 .and_then(|()| {
-                    let (beside, _silent) = match agreed.has(Features::MULTIFD_GOES_ON) {
+                    let (beside, silent) = match agreed.has(Features::MULTIFD_GOES_ON) {
                         true => (channels, None),
                         false => (None, channels),
                     };
                     self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt), beside)
-                        .map_err(Failed::After)
+                        .map_err(Failed::After)?;
+                    // The destination has said that it has everything.
+                    silent.map_or(Ok(()), Channels::finish).or(Ok(()))
                 });
             if result.is_err() {
                 links.break_now();
@@ -175,7 +177,12 @@ impl<'a> Postcopy<'a> {
                 (Failed::After(_), Some(reason)) => Failed::After(reason),
                 (failed, _) => failed,
             })
-        })
+        });
+        if result.is_ok() {
+            // Whatever becomes of a last word, it has gone well.
+            let _ = stream.out.into_channel().finish();
+        }
+        result
     }
 
     fn urgent_thread<'t>(
