@@ -154,6 +154,19 @@ impl Cancel {
         self.poll(fds, Some(timeout))
     }
 
+    /// The same, also until the peer of one of `open` has closed its direction, however much of
+    /// what it sent has still to be read.
+    pub(crate) fn wait_any_or_close(
+        &self,
+        fds: &[BorrowedFd<'_>],
+        open: &[BorrowedFd<'_>],
+        timeout: Duration,
+    ) -> io::Result<Woken> {
+        let fds = fds.iter().map(|&fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+        let open = open.iter().map(|&fd| PollFd::from_borrowed_fd(fd, PollFlags::RDHUP));
+        self.poll(fds.chain(open), Some(timeout))
+    }
+
     /// Waits for `time`, or until cancelled.
     pub(crate) fn sleep(&self, time: Duration) -> io::Result<Woken> {
         self.poll([], Some(time))

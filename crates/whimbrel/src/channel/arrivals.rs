@@ -3,6 +3,7 @@
 //! A source with multifd connects several times, and the connections arrive in any order. What one
 //! of them is for, its first bytes say; one that says nothing keeps nobody waiting.
 
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use whimbrel_wire::ChannelKind;
@@ -96,6 +97,12 @@ impl Gathering {
         self.main.is_some() && self.multifd.iter().all(Option::is_some)
     }
 
+    /// Those that are known.
+    fn arrived(&self) -> impl Iterator<Item = &Channel> {
+        let multifd = self.multifd.iter().flatten().map(|(channel, _)| channel);
+        self.main.iter().chain(multifd)
+    }
+
     fn step(&mut self, listener: &Listener, stop: &Cancel) -> Result<(), Error> {
         let left = match self.last {
             None => None,
@@ -104,7 +111,8 @@ impl Gathering {
                 None => return Err(self.missing(listener)),
             },
         };
-        if self.silent.wait(listener, left, stop)? == Woken::TimedOut {
+        let arrived: Vec<_> = self.arrived().map(AsFd::as_fd).collect();
+        if self.silent.wait(listener, &arrived, left, stop)? == Woken::TimedOut {
             return Err(self.missing(listener));
         }
         let mut progress = self.silent.admit(listener, "multifd", stop)?;
@@ -126,6 +134,15 @@ impl Gathering {
                 Said::Multifd(init) => self.take_multifd(channel, init)?,
             }
             progress = true;
+        }
+        if let Some(closed) = self.arrived().find(|channel| channel.is_closed_by_peer())
+            && !self.is_complete()
+        {
+            return Err(Error::Refused(format!(
+                "{} channel: the source closed it before its other channels had come: see what it \
+                 says",
+                closed.name()
+            )));
         }
         if partly && !progress {
             // A part of a message is there, for which `poll` does not wait.

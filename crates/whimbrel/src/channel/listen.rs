@@ -264,7 +264,7 @@ impl Listener {
             if let Some(channel) = waiting.next_known(self) {
                 break channel;
             }
-            waiting.wait(self, None, cancel)?;
+            waiting.wait(self, &[], None, cancel)?;
         };
         self.leave_waiting(waiting);
         Ok(accepted.known_as(name, cancel))
@@ -296,7 +296,7 @@ impl Listener {
                 waiting.keep_known(known);
                 break;
             }
-            if waiting.wait(self, None, stop).is_err() {
+            if waiting.wait(self, &[], None, stop).is_err() {
                 break;
             }
         }

@@ -22,7 +22,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
@@ -226,6 +226,12 @@ impl Channel {
         self.rename(name);
         self.heed(cancel.clone());
         self
+    }
+
+    /// Whether the peer has closed its direction, however much of what it sent has still to be read.
+    pub(crate) fn is_closed_by_peer(&self) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(self.end.as_fd(), PollFlags::RDHUP)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
     }
 
     /// It is known now what the channel is for.

@@ -1,7 +1,7 @@
 //! Connections that have come and are not known yet: their handshakes go on side by side, and none
 //! delays another.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::{Channel, Listener};
@@ -101,13 +101,14 @@ impl Waiting {
         self.channels.push((channel, since));
     }
 
-    /// Waits until one of them, or another one, may have something to say, or a handshake has
-    /// lasted too long; for `timeout` at most.
+    /// Waits until one of them, or another one, may have something to say, a handshake has lasted
+    /// too long, or one of `arrived` is closed by its peer; for `timeout` at most.
     ///
     /// A handshake of this side's writes little, and into an empty socket: it never waits for that.
     pub(super) fn wait(
         &self,
         listener: &Listener,
+        arrived: &[BorrowedFd<'_>],
         timeout: Option<Duration>,
         cancel: &Cancel,
     ) -> Result<Woken, Error> {
@@ -120,7 +121,8 @@ impl Waiting {
             [timeout, handshakes, room].into_iter().flatten().min().unwrap_or(Duration::MAX);
         let mut fds: Vec<_> = channels().map(AsFd::as_fd).collect();
         fds.extend(listener.as_fd().filter(|_| room.is_none()));
-        match cancel.wait_any(&fds, first).map_err(Error::system("waiting for connections"))? {
+        let woken = cancel.wait_any_or_close(&fds, arrived, first);
+        match woken.map_err(Error::system("waiting for connections"))? {
             Woken::Cancelled => Err(Error::Cancelled),
             // A handshake's time is over, or there is room for another one.
             Woken::TimedOut if timeout.is_none_or(|timeout| first < timeout) => Ok(Woken::Ready),
