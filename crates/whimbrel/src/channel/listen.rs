@@ -228,21 +228,18 @@ impl Listener {
         }
     }
 
-    /// Refuses a migration of which a multifd channel waits here to be accepted, where none is
-    /// expected: its pages have gone nowhere.
-    pub(crate) fn refuse_multifd(&self, cancel: &Cancel) -> Result<(), Error> {
-        while let Some(mut channel) = self.accept_now("multifd", cancel)? {
-            let mut first = [0; ChannelKind::BYTES];
-            if let Ok(Some(ChannelKind::BYTES)) = channel.peek(&mut first)
-                && ChannelKind::of(first) == Some(ChannelKind::Multifd)
-            {
-                return Err(Error::Refused(
-                    "multifd channel: the source has capability multifd on and this side has not: \
-                     set the same on both sides, and the same multifd-channels"
-                        .into(),
-                ));
+    /// Refuses a migration of which a multifd channel has come, where none is expected: its pages
+    /// have gone nowhere.
+    fn refuse_multifd(&self, cancel: &Cancel) -> Result<(), Error> {
+        let mut waiting = self.take_waiting();
+        waiting.admit(self, "urgent", cancel)?;
+        for (mut channel, since) in waiting.take_all() {
+            if first_of(&mut channel) == Some(ChannelKind::Multifd) {
+                return Err(not_expected());
             }
+            waiting.keep(channel, since);
         }
+        self.leave_waiting(waiting);
         Ok(())
     }
 
@@ -272,36 +269,87 @@ impl Listener {
 }
 
 impl Listener {
-    /// Does `work`, and meanwhile, on a thread beside it, shakes hands with whoever comes next, for
-    /// [`accept`](Listener::accept) to find: a source may wait for that before it goes on with what
-    /// `work` waits for. Where nobody has to show who it is, there is nothing to do.
-    pub(crate) fn greeting<T>(&self, work: impl FnOnce() -> T) -> Result<T, Error> {
-        if self.tls.is_none() {
-            return Ok(work());
+    /// Does `work`, and meanwhile, on a thread beside it, looks after whoever comes next.
+    ///
+    /// Shakes hands with it, for [`accept`](Listener::accept) to find: a source may wait for that
+    /// before it goes on with what `work` waits for. And where no multifd channel is expected, one
+    /// that comes ends it all, by `stop`, which `work` heeds: its pages would go nowhere.
+    pub(crate) fn greeting<T>(
+        &self,
+        expects_multifd: bool,
+        stop: &Cancel,
+        work: impl FnOnce() -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        if self.as_fd().is_none() {
+            return work();
         }
-        let stop = Cancel::new().map_err(Error::system("making an eventfd"))?;
-        thread::scope(|scope| {
-            let _stops = SetWhenDropped(&stop);
-            scoped(scope, Role::DestinationUrgent, || self.greet_next(&stop))
+        let over = Cancel::new().map_err(Error::system("making an eventfd"))?;
+        let reason = Mutex::new(None);
+        let result = thread::scope(|scope| {
+            let _over = SetWhenDropped(&over);
+            let greet = || {
+                if let Err(error) = self.greet_next(expects_multifd, &over) {
+                    *lock(&reason) = Some(error);
+                    stop.set();
+                }
+            };
+            scoped(scope, Role::DestinationUrgent, greet)
                 .map_err(Error::system("starting a thread"))?;
-            Ok(work())
-        })
+            work()
+        });
+        match lock(&reason).take() {
+            Some(error) => Err(error),
+            None if !expects_multifd => {
+                result.and_then(|done| self.refuse_multifd(stop).map(|()| done))
+            }
+            None => result,
+        }
     }
 
-    /// An error is left to whoever accepts: it comes again.
-    fn greet_next(&self, stop: &Cancel) {
+    /// Up to the first that is known. What goes wrong with others is left to whoever accepts: it
+    /// comes again.
+    fn greet_next(&self, expects_multifd: bool, over: &Cancel) -> Result<(), Error> {
         let mut waiting = self.take_waiting();
-        while waiting.admit(self, "urgent", stop).is_ok() {
-            if let Some(known) = waiting.next_known(self) {
-                waiting.keep_known(known);
-                break;
+        let mut known = false;
+        while !known && waiting.admit(self, "urgent", over).is_ok() {
+            for (mut channel, since) in waiting.take_all() {
+                match first_of(&mut channel) {
+                    Some(ChannelKind::Multifd) if !expects_multifd => return Err(not_expected()),
+                    said => known |= said.is_some(),
+                }
+                waiting.keep(channel, since);
             }
-            if waiting.wait(self, &[], None, stop).is_err() {
+            // Whose hand has been shaken need not say anything.
+            if self.tls.is_some()
+                && let Some(channel) = waiting.next_known(self)
+            {
+                waiting.keep_known(channel);
+                known = true;
+            }
+            if !known && waiting.wait(self, &[], None, over).is_err() {
                 break;
             }
         }
         self.leave_waiting(waiting);
+        Ok(())
     }
+}
+
+/// What a channel is by its first bytes, if they have come.
+fn first_of(channel: &mut Channel) -> Option<ChannelKind> {
+    let mut first = [0; ChannelKind::BYTES];
+    match channel.peek(&mut first) {
+        Ok(Some(ChannelKind::BYTES)) => ChannelKind::of(first),
+        _ => None,
+    }
+}
+
+fn not_expected() -> Error {
+    Error::Refused(
+        "multifd channel: the source has capability multifd on and this side has not: set the \
+         same on both sides, and the same multifd-channels"
+            .into(),
+    )
 }
 
 /// Ends a thread's wait, also when another one panics.

@@ -75,11 +75,15 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     job.report.forget_error(); // It was that of a connection that was turned away.
     job.check_uuid(&arrivals)?;
     job.set_status(MigrationStatus::Active);
+    let stop = arrivals.stop.clone();
     let mut incoming = Incoming::new(arrivals);
     let mut waiting = Waiting { job, runs: true };
     let preempt = job.capabilities.has(Capability::PostcopyPreempt);
     let mut receive = || incoming.receive(&mut waiting);
-    let arrived = if preempt { listener.greeting(receive)? } else { receive() };
+    let arrived = match preempt {
+        true => listener.greeting(true, &stop, receive),
+        false => receive(),
+    };
     let arrived = match arrived {
         Ok(arrived) => arrived,
         Err(error) => {

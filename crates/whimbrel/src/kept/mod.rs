@@ -184,15 +184,18 @@ impl Receiver {
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
         let Receiver { listener, cancel, links, placed, preempt, multifd, .. } = self;
         let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
-        // Without an urgent channel nobody else is to come. A source with more channels than this
-        // side knows of must notice: its pages would go to a connection that nobody reads.
-        let listener = preempt.then_some(listener);
         keeper.is_of(arrivals.uuid);
+        let stop = arrivals.stop.clone();
         let mut incoming = Incoming::new(arrivals).with_progress(placed);
-        let kept = take_in(&mut incoming, &mut keeper, &report, &links, listener.as_ref())
-            .and_then(|()| match listener {
-                Some(listener) if multifd == 0 => listener.refuse_multifd(&cancel),
-                _ => Ok(()),
+        let arrived = listener.greeting(multifd > 0, &stop, || incoming.receive(&mut keeper));
+        let urgent = preempt.then_some(&listener);
+        let kept = arrived
+            .and_then(|arrived| match arrived {
+                Arrived::Whole => Ok(()),
+                Arrived::GuestFirst(package) => {
+                    let terms = Terms { report: &report, links: &links, urgent, blocktime: false };
+                    take_rest(&mut incoming, &mut keeper, package, &terms)
+                }
             })
             .and_then(|()| keeper.keep());
         let Ok(summary) = kept else {
@@ -205,22 +208,14 @@ impl Receiver {
     }
 }
 
-fn take_in(
+fn take_rest(
     incoming: &mut Incoming,
     keeper: &mut keeper::Keeper,
-    report: &Report,
-    links: &Links,
-    urgent: Option<&Listener>,
+    package: u32,
+    terms: &Terms<'_>,
 ) -> Result<(), Error> {
-    let mut receive = || incoming.receive(keeper);
-    let arrived = match urgent {
-        Some(listener) => listener.greeting(receive)?,
-        None => receive(),
-    };
-    let Arrived::GuestFirst(package) = arrived? else { return Ok(()) };
     keeper.pause()?;
-    let terms = Terms { report, links, urgent, blocktime: false };
-    match incoming.receive_rest(package, keeper, &terms) {
+    match incoming.receive_rest(package, keeper, terms) {
         Ok(()) => keeper.complete(),
         Err(Failed::Before(error)) => Err(error),
         Err(Failed::After(error, absent)) => {

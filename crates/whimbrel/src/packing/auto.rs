@@ -14,9 +14,10 @@ use crate::plan::{Effort, Gone};
 /// The levels of zstd that are tried, from the least effort on; behind not to compress at all.
 const LEVELS: [i32; 4] = [-3, 1, 3, 7];
 
-/// Where it begins: at the least effort there is. None at all fills the sockets of a slow link, and
-/// more of it costs a fast one a good part of a whole migration, before it is known how fast it is.
-const BEGIN: usize = 1;
+/// Where it begins: with none. On a fast link any effort would cost a good part of a whole
+/// migration before it is known how fast the link is; a slow one only takes in what its sockets
+/// hold, a few MiB for each channel.
+const BEGIN: usize = 0;
 
 /// A channel that has had nothing to send for longer is not slow.
 const IDLE: Duration = Duration::from_millis(5);
