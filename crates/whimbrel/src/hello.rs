@@ -10,6 +10,10 @@ const QUESTION: u32 = 0x5748_0000;
 const ANSWER: u32 = 0x5749_0000;
 const LOWER: u32 = 0xffff;
 
+/// The PING that a whimbrel answers when each multifd channel has ended the round behind which it goes
+/// on in postcopy.
+pub(crate) const PING_PARKED: u32 = 0x5041_524b;
+
 /// What a whimbrel can do beyond QEMU's protocol.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Features(u16);

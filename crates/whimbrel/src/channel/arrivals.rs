@@ -17,6 +17,9 @@ use crate::worker::{Cancel, Woken};
 /// How long the source may take to connect one more channel, when it has begun to.
 const NEXT: Duration = Duration::from_secs(30);
 
+/// The same, when it has closed one: what it sent before may be all there is to it.
+const CLOSED: Duration = Duration::from_secs(1);
+
 /// How often a connection of which a part of the first message has come is looked at again.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -69,6 +72,7 @@ impl Arrivals {
             uuid: None,
             silent: listener.take_waiting().with_room_for(1 + usize::from(multifd)),
             last: None,
+            closed: None,
         };
         while !gathering.is_complete() {
             gathering.step(listener, &stop)?;
@@ -90,6 +94,8 @@ struct Gathering {
     silent: Waiting,
     /// When the last channel was known.
     last: Option<Instant>,
+    /// A channel that the source has closed already, and since when that is known.
+    closed: Option<(&'static str, Instant)>,
 }
 
 impl Gathering {
@@ -111,7 +117,13 @@ impl Gathering {
                 None => return Err(self.missing(listener)),
             },
         };
-        let arrived: Vec<_> = self.arrived().map(AsFd::as_fd).collect();
+        let (left, arrived) = match self.closed {
+            Some((_, since)) => match CLOSED.checked_sub(since.elapsed()) {
+                Some(left) => (Some(left), Vec::new()),
+                None => return Err(self.missing(listener)),
+            },
+            None => (left, self.arrived().map(AsFd::as_fd).collect()),
+        };
         if self.silent.wait(listener, &arrived, left, stop)? == Woken::TimedOut {
             return Err(self.missing(listener));
         }
@@ -135,14 +147,9 @@ impl Gathering {
             }
             progress = true;
         }
-        if let Some(closed) = self.arrived().find(|channel| channel.is_closed_by_peer())
-            && !self.is_complete()
-        {
-            return Err(Error::Refused(format!(
-                "{} channel: the source closed it before its other channels had come: see what it \
-                 says",
-                closed.name()
-            )));
+        let closed = self.arrived().find(|channel| channel.is_closed_by_peer()).map(Channel::name);
+        if self.closed.is_none() {
+            self.closed = closed.map(|name| (name, Instant::now()));
         }
         if partly && !progress {
             // A part of a message is there, for which `poll` does not wait.
@@ -183,6 +190,12 @@ impl Gathering {
     }
 
     fn missing(&self, listener: &Listener) -> Error {
+        if let Some((closed, _)) = self.closed {
+            return Error::Refused(format!(
+                "{closed} channel: the source closed it before its other channels had come: see \
+                 what it says"
+            ));
+        }
         let missing: Vec<&str> = std::iter::once(self.main.is_none().then_some("main"))
             .chain(
                 self.multifd

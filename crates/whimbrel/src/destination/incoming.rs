@@ -18,7 +18,7 @@ use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel};
 use crate::error::Error;
-use crate::hello::Features;
+use crate::hello::{Features, PING_PARKED};
 use crate::kept::Changes;
 use crate::worker::{Cancel, Woken};
 
@@ -373,6 +373,12 @@ impl Incoming {
                 let theirs = Features::asked_by(value).unwrap_or_default();
                 self.agreed = theirs.and(Features::of_destination(host.takes_small_pieces()));
                 self.answer(&ReturnMessage::Pong(self.agreed.answer()))
+            }
+            Command::Ping(PING_PARKED) if self.agreed.has(Features::MULTIFD_GOES_ON) => {
+                if let Some(receivers) = &self.receivers {
+                    receivers.wait_for_all()?;
+                }
+                self.answer(&ReturnMessage::Pong(PING_PARKED))
             }
             Command::Ping(value) => {
                 // Behind the devices of our own machines the question is whether they load.

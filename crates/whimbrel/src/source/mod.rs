@@ -27,11 +27,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use whimbrel_ram::PageMap;
+use whimbrel_wire::Command;
 
 use crate::channel::Route;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
-use crate::hello::Features;
+use crate::hello::{Features, PING_PARKED};
 use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
@@ -256,15 +257,20 @@ fn guest_first(
             true => Some(postcopy::open_urgent(&job.route, &job.cancel, &job.links)?),
             false => None,
         };
-        switchover::stop(job, held)?;
-        let hot = log.take_bits_into(&map)?;
-        add(&job.report.counters.dirty_sync_count, 1);
-        let sections = switchover::device_sections(job, held)?;
         if let Some(channels) = &mut channels
             && agreed.has(Features::MULTIFD_GOES_ON)
         {
             channels.end_round()?;
+            // One that broke on the way must be known before the guest is given away.
+            Command::Ping(PING_PARKED).encode(stream.out.words());
+            stream.out.flush()?;
+            let answers = stream.answers.as_mut().expect("looked at above");
+            answers.wait_for_pong(stream.out.channel(), PING_PARKED)?;
         }
+        switchover::stop(job, held)?;
+        let hot = log.take_bits_into(&map)?;
+        add(&job.report.counters.dirty_sync_count, 1);
+        let sections = switchover::device_sections(job, held)?;
         // Whatever it said while the guest was being stopped, it said in time.
         stream.check_answers()?;
         Ok((agreed, urgent, sections, hot))

@@ -69,6 +69,11 @@ impl Receivers {
         }
     }
 
+    /// Waits until each has ended its round, and lets none begin the next.
+    pub(super) fn wait_for_all(&self) -> Result<(), Error> {
+        self.rounds.wait_for_all()
+    }
+
     /// Why one of them has failed.
     pub(super) fn take_failure(&self) -> Option<Error> {
         self.rounds.take_failure()
