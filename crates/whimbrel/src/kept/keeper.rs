@@ -195,9 +195,7 @@ fn encode(devices: Devices) -> (Vec<u8>, Vec<u8>, usize) {
     let (mut before, mut tail) = (Vec::new(), Vec::new());
     match devices {
         Devices::Own(sections) => {
-            sections.iter().for_each(|section: &DeviceSection| section.encode(&mut tail));
-            encode_eof(&mut tail);
-            encode_vm_description(&describe(4096, &sections), &mut tail);
+            encode_own(&sections, &mut tail);
             (before, tail, sections.len())
         }
         Devices::Qemu { early, mut state } => {
@@ -210,6 +208,13 @@ fn encode(devices: Devices) -> (Vec<u8>, Vec<u8>, usize) {
             (before, tail, early.len() + state.sections.len())
         }
     }
+}
+
+/// Sections of our own kind, with the end of the stream.
+pub(crate) fn encode_own(sections: &[DeviceSection], tail: &mut Vec<u8>) {
+    sections.iter().for_each(|section| section.encode(tail));
+    encode_eof(tail);
+    encode_vm_description(&describe(4096, sections), tail);
 }
 
 /// Refuses what cannot be held: the guest's RAM is in memory until it is on the disk.

@@ -4,9 +4,9 @@
 //! of 9.0 or later starts from it by itself.
 
 mod by_postcopy;
-mod disk;
-mod keeper;
-mod layout;
+pub(crate) mod disk;
+pub(crate) mod keeper;
+pub(crate) mod layout;
 mod machine;
 mod on_channels;
 mod open;
@@ -16,7 +16,7 @@ mod round_trip;
 mod supply;
 mod touch;
 mod writers;
-mod writing;
+pub(crate) mod writing;
 
 use std::num::NonZeroU8;
 use std::path::Path;
