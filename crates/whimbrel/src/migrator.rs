@@ -1,5 +1,6 @@
 //! The public face: one value for each VM, through which it is moved, watched and stopped.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
@@ -9,6 +10,7 @@ use crate::error::Error;
 use crate::guest::Guest;
 use crate::objects::{Object, Objects};
 use crate::report::{Report, Side};
+use crate::rescue::{self, Filled, KeptPart, Lost, Orders, Part};
 use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
 use crate::status::{Event, MigrationInfo, MigrationStatus, RunState};
@@ -58,6 +60,8 @@ struct Run {
     postcopy: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     links: Links,
+    /// Rescues of a destination.
+    orders: Option<Arc<Orders>>,
     allows_postcopy: bool,
     worker: Option<Worker>,
 }
@@ -209,6 +213,12 @@ impl Migrator {
             }
             _ => {}
         }
+        if self.guest.lost_pages() > 0 {
+            return Err(Error::Refused(format!(
+                "{} pages of this guest's RAM are lost: it cannot be migrated",
+                self.guest.lost_pages()
+            )));
+        }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
         let (postcopy, links) = (new_cancel()?, new_links()?);
@@ -233,6 +243,7 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            orders: None,
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         };
@@ -253,6 +264,7 @@ impl Migrator {
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
         let (postcopy, links) = (new_cancel()?, new_links()?);
+        let orders = Arc::new(Orders::new().map_err(Error::system("making an eventfd"))?);
         let report = Arc::new(Report::new(Side::Destination));
         report.set_socket_address(listener.socket_address());
         let told = report.clone();
@@ -269,6 +281,7 @@ impl Migrator {
             report: report.clone(),
             cancel: cancel.clone(),
             links: links.clone(),
+            orders: orders.clone(),
         };
         let run = move || live::run(&job, listener);
         let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
@@ -281,6 +294,7 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            orders: Some(orders),
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         });
@@ -355,6 +369,49 @@ impl Migrator {
                 "migrate-pause is currently only supported during postcopy-active state".into(),
             )),
         }
+    }
+
+    /// Keeps what is here of a guest whose other side is gone for good, in a file at `path`, which may
+    /// then be [joined](crate::rescue::join) with what the other side has left. Only while the
+    /// migration is paused in postcopy; it stays so. Returns when all of it is on the disk.
+    ///
+    /// At a destination the guest is stopped: whoever restores the file runs it from then on, and
+    /// here it does not run again unless a human says so ([`cont`](Migrator::cont)). On an error it
+    /// runs on.
+    pub fn rescue(&self, path: &Path) -> Result<KeptPart, Error> {
+        match self.orders()? {
+            Some(orders) => rescue::keep_destination(&self.guest, &orders, None, path),
+            None => rescue::keep_source(&self.guest, None, path),
+        }
+    }
+
+    /// Brings what is missing at a destination that is paused in postcopy from `part`, which is what
+    /// the source has left; the guest runs meanwhile, and the migration is completed. Pages that are
+    /// not in `part` either are `lost`; without a part all are that are missing.
+    ///
+    /// A guest with pages that were given up runs until it touches one; it cannot be migrated any
+    /// more.
+    pub fn fill(&self, part: Option<Part>, lost: Lost) -> Result<Filled, Error> {
+        match self.orders()? {
+            Some(orders) => rescue::fill_destination(&self.guest, &orders, part, lost),
+            None => Err(Error::Refused(
+                "this is the source: it is the destination that lacks pages".into(),
+            )),
+        }
+    }
+
+    /// How many pages of 4 KiB of the guest's RAM are lost: they were given up, and whoever reads
+    /// one is killed (SIGBUS).
+    pub fn lost_pages(&self) -> u64 {
+        self.guest.lost_pages()
+    }
+
+    /// Who rescues a destination; `None` for a source.
+    fn orders(&self) -> Result<Option<Arc<Orders>>, Error> {
+        let inner = self.lock();
+        let paused = |run: &&Run| run.report.status() == MigrationStatus::PostcopyPaused;
+        let run = inner.run.as_ref().filter(paused).ok_or_else(rescue::not_paused)?;
+        Ok(run.orders.clone())
     }
 
     /// `yank`: shuts down every connection of the migration under way, at once. What waits on one of

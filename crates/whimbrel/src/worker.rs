@@ -277,6 +277,11 @@ impl Links {
         self.break_now();
     }
 
+    /// What is set at the end.
+    pub(crate) fn ended(&self) -> &Cancel {
+        &self.ended
+    }
+
     /// Waits until `fd` can be read, for `time` at most, or for the end.
     pub(crate) fn wait_for_end_or(&self, fd: BorrowedFd<'_>, time: Duration) {
         // Without a descriptor to wait on there is nothing to be done but to go on at once.

@@ -13,6 +13,7 @@ use crate::global_state;
 use crate::guest::Guest;
 use crate::loaders::Loaders;
 use crate::report::{EndsFailed, Report};
+use crate::rescue::{Orders, poison_as_told};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::vm::DeviceState;
@@ -31,6 +32,8 @@ pub(crate) struct Job {
     pub(crate) cancel: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     pub(crate) links: Links,
+    /// Rescues.
+    pub(crate) orders: Arc<Orders>,
 }
 
 impl Job {
@@ -130,11 +133,19 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     Ok(())
 }
 
-/// The guest runs, and the rest of its RAM does not come: it goes on until it touches that.
+/// The guest runs, and the rest of its RAM does not come: it goes on until it touches that, or
+/// somebody brings it.
 fn pause(job: &Job, error: &Error, absent: AbsentRam) {
     job.report.set_error(error.text_of_pause());
+    let attending = job.orders.attend();
     job.set_status(MigrationStatus::PostcopyPaused);
-    job.links.wait_for_end();
+    if attending.until_whole(job.links.ended(), &absent) {
+        job.report.forget_error();
+        if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
+            job.report.set_error(error.to_string());
+        }
+        return job.set_status(MigrationStatus::Completed);
+    }
     // Pages that never came must not be taken for zeros: whoever touches them waits until the
     // process ends.
     std::mem::forget(absent);
@@ -225,6 +236,8 @@ impl Host for Waiting<'_> {
         let devices: Result<Vec<DeviceState>, Error> = sections.into_iter().map(device).collect();
         let mut devices = devices?;
         self.runs = global_state::take(&mut devices)?;
+        let guest = &self.job.guest;
+        guest.add_lost(poison_as_told(&mut devices, guest.vm().ram())?);
         let loaders = Loaders::of_this_host();
         self.job.guest.vm().load_with(loaders, devices).map_err(Error::vm("loading the devices"))
     }
