@@ -153,10 +153,10 @@ extern "C" fn lost(signal: c_int, info: *mut siginfo_t, context: *mut c_void) {
         return;
     }
     // SAFETY: the kernel gives a handler with SA_SIGINFO a valid one.
-    let info_code = unsafe { (*info).si_code };
-    if info_code == libc::BUS_MCEERR_AR && MET.get().is_some() {
-        // SAFETY: as above; a SIGBUS has an address.
-        let address = unsafe { (*info).si_addr() };
+    let info = unsafe { &*info };
+    if info.si_code == libc::BUS_MCEERR_AR && MET.get().is_some() {
+        // SAFETY: a SIGBUS has an address.
+        let address = unsafe { info.si_addr() };
         MET.set(Some(address.addr()));
         return;
     }

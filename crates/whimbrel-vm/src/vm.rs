@@ -88,6 +88,9 @@ impl ReferenceVm {
             runs: AtomicU64::new(0),
             layout: Mutex::new(layout),
         };
+        if let Some(path) = &config.memory_path {
+            whimbrel::rescue::describe(path, &vm, None).map_err(Error::Describe)?;
+        }
         Ok(Arc::new(vm))
     }
 

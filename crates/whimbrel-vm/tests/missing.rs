@@ -5,7 +5,7 @@ mod guest;
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::thread::{self, sleep};
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use guest::{PAGE, config, destination, make, pause_and_check, run_for_updates};
