@@ -8,10 +8,10 @@ use crate::demo::accelerators;
 use crate::process::{SMALL, VmProcess, until, verify_moved, whimbrel};
 
 /// So slow that 16 MiB take 4 s.
-const SLOW: u64 = 4 << 20;
+pub(crate) const SLOW: u64 = 4 << 20;
 
 /// Two VMs that may use postcopy, and how the guest is to be moved.
-fn pair(options: &[&str], waits: &[&str], preempt: bool) -> (VmProcess, VmProcess) {
+pub(crate) fn pair(options: &[&str], waits: &[&str], preempt: bool) -> (VmProcess, VmProcess) {
     let mut from = VmProcess::source(options);
     let mut to = VmProcess::start(&[options, &["--incoming=defer"], waits].concat());
     for side in [&mut from, &mut to] {
@@ -28,7 +28,7 @@ fn pair(options: &[&str], waits: &[&str], preempt: bool) -> (VmProcess, VmProces
 }
 
 /// Moves the guest, which then runs at the destination; pages come at no more than `bandwidth`.
-fn begin(from: &mut VmProcess, to: &mut VmProcess, bandwidth: u64, what: &str) {
+pub(crate) fn begin(from: &mut VmProcess, to: &mut VmProcess, bandwidth: u64, what: &str) {
     let limits = json!({ "max-bandwidth": bandwidth, "max-postcopy-bandwidth": bandwidth });
     from.qmp.set_parameters(limits).expect("allowed");
     let address = to.listen("tcp:127.0.0.1:0");
@@ -38,7 +38,7 @@ fn begin(from: &mut VmProcess, to: &mut VmProcess, bandwidth: u64, what: &str) {
     to.reaches("postcopy-active", what);
 }
 
-fn progress(vm: &mut VmProcess) -> u64 {
+pub(crate) fn progress(vm: &mut VmProcess) -> u64 {
     vm.execute("x-guest-progress", json!({}))["updates"].as_u64().expect("a number")
 }
 
@@ -158,7 +158,7 @@ fn migrate_says_when_there_was_nothing_left_for_postcopy() {
 }
 
 /// Ends in order, and soon, though a vCPU of it may wait for a page for ever.
-fn expect_quits(vm: VmProcess, what: &str) {
+pub(crate) fn expect_quits(vm: VmProcess, what: &str) {
     let since = Instant::now();
     vm.quit(what);
     assert!(since.elapsed() < Duration::from_secs(5), "{what}: {:?}", since.elapsed());
