@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::{Address, AddressError};
+
 /// What can be switched on (`MigrationCapability`). Only what this engine does is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -121,6 +123,9 @@ pub enum SettingError {
         /// What was given.
         found: u64,
     },
+    /// Parameter `recover-uri` is no address.
+    #[error("parameter 'recover-uri': {0}")]
+    Uri(AddressError),
     /// Not while a migration runs.
     #[error("There's a migration process in progress")]
     Running,
@@ -302,6 +307,9 @@ impl Parameters {
         level("multifd-channels", self.multifd_channels, 1..=255, "1 to 255")?;
         level("multifd-zlib-level", self.multifd_zlib_level, 0..=9, "0 to 9")?;
         level("multifd-zstd-level", self.multifd_zstd_level, 0..=20, "0 to 20")?;
+        if !self.recover_uri.is_empty() {
+            self.recover_uri.parse::<Address>().map_err(SettingError::Uri)?;
+        }
         if (1..100).contains(&self.silence_limit) {
             return Err(SettingError::Range {
                 name: "silence-limit",

@@ -31,6 +31,17 @@ impl Input {
         Input { channel, decoder, buffer, start: 0, end: 0 }
     }
 
+    /// `channel` takes the place of a broken one, in a recovery.
+    pub(super) fn reconnect(&mut self, channel: Channel) -> Result<(), Error> {
+        let fresh = MainDecoder::new(MainOptions::default());
+        let decoder = std::mem::replace(&mut self.decoder, fresh).reconnected();
+        self.decoder = decoder
+            .map_err(|kind| Error::Refused(format!("main channel, in a recovery: {kind}")))?;
+        self.channel = channel;
+        (self.start, self.end) = (0, 0);
+        Ok(())
+    }
+
     pub(crate) fn channel(&mut self) -> &mut Channel {
         &mut self.channel
     }
