@@ -12,7 +12,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use links::{Cut, Failure, Place, Ways};
-use vms::{Alone, Dice, Side, expect_movable, seed, until};
+use vms::{Alone, Dice, Side, drawn, expect_movable, seed, until};
 use whimbrel::{Capability, MigrationStatus, RunState};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
@@ -99,17 +99,9 @@ enum Fate {
 
 #[test]
 fn a_cut_at_any_byte_leaves_one_guest_and_no_thread() {
-    let number =
-        |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let (runs, only) = (number("WHIMBREL_CUTS").unwrap_or(50), number("WHIMBREL_ONLY"));
-    let mut dice = Dice(seed("postcopy cut"));
     let mut alone = Alone::begin();
     let mut fates = [0; 4];
-    for run in 0..runs {
-        let draw = draw(&mut dice);
-        if only.is_some_and(|only| only != run) {
-            continue;
-        }
+    for (run, draw) in drawn("postcopy cut", ("WHIMBREL_CUTS", 50), draw) {
         let what = format!("run {run}: {draw:?}");
         let began = Instant::now();
         let fate = cut_once(&draw, &mut alone, &what);

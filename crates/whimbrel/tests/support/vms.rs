@@ -64,6 +64,23 @@ pub(crate) fn seed(test: &str) -> u64 {
     seed
 }
 
+/// The runs of a test that draws at random what it does: each one's number, from 0, and what was
+/// drawn for it. Environment variable `count` says how many there are, instead of `default`, and
+/// `WHIMBREL_ONLY` picks one of them.
+pub(crate) fn drawn<T>(
+    test: &str,
+    (count, default): (&str, u64),
+    mut draw: impl FnMut(&mut Dice) -> T,
+) -> impl Iterator<Item = (u64, T)> {
+    let number = |name| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
+    let (runs, only) = (number(count).unwrap_or(default), number("WHIMBREL_ONLY"));
+    let mut dice = Dice(seed(test));
+    // Also what is not run is drawn: the dice are the same for the one that is.
+    (0..runs)
+        .map(move |run| (run, draw(&mut dice)))
+        .filter(move |(run, _)| only.is_none_or(|only| only == *run))
+}
+
 /// Accelerators of this machine.
 pub(crate) fn accelerators() -> Vec<AccelChoice> {
     let probe = Config { accel: AccelChoice::Kvm, ..Config::new(8 << 20) };
