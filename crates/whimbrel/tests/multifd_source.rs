@@ -83,8 +83,7 @@ impl Far {
         let info = self.source.ended(what);
         assert_eq!(info.status, Some(status), "{what}: {:?}", info.error_desc);
         if status == MigrationStatus::Failed {
-            let error = info.error_desc.expect("says why");
-            assert!(error.contains(part) && !error.contains('\n'), "{what}: {error}");
+            self.source.expect_reason(&[part], what);
         }
         self.source.expect_healthy(what);
     }

@@ -152,6 +152,22 @@ impl Side {
         self.migrator.info()
     }
 
+    /// The migration says why it failed or paused, in one line that has all of `parts`.
+    pub(crate) fn expect_reason(&self, parts: &[&str], what: &str) {
+        let error = self.migrator.info().error_desc.expect("says why");
+        let said = parts.iter().all(|part| error.contains(part)) && !error.contains('\n');
+        assert!(said, "{what}: {error}");
+    }
+
+    /// The guest has not come, for such a reason, and nothing runs here.
+    pub(crate) fn expect_not_arrived(&self, parts: &[&str], what: &str) {
+        let info = self.ended(what);
+        assert_eq!(info.status, Some(MigrationStatus::Failed), "{what}: {:?}", info.error_desc);
+        self.expect_reason(parts, what);
+        assert_eq!(self.migrator.run_state(), RunState::Inmigrate, "{what}");
+        assert!(!self.runs(), "{what}");
+    }
+
     /// The guest does something.
     pub(crate) fn expect_progress(&self, what: &str) {
         let before = self.vm.self_check().updates;
