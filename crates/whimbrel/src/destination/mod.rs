@@ -11,6 +11,7 @@ mod arriving;
 mod asked;
 mod assembly;
 mod blocktime;
+mod buffer;
 mod fault;
 mod held;
 pub(crate) mod incoming;
