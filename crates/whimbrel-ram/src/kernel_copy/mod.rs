@@ -32,11 +32,6 @@ pub struct Pieces<'a> {
 unsafe impl Send for Pieces<'_> {}
 
 impl<'a> Pieces<'a> {
-    /// An empty list.
-    pub fn new() -> Pieces<'a> {
-        Pieces::default()
-    }
-
     /// Appends bytes of ours.
     pub fn push_bytes(&mut self, bytes: &'a [u8]) {
         self.push(bytes.as_ptr().cast_mut(), bytes.len());
