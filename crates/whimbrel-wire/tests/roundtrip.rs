@@ -464,7 +464,7 @@ proptest! {
             let item = match kind {
                 0 | 1 => MultifdDecoded::Packet(Box::new(PacketHeader::pages(
                     &block,
-                    (normal, zero),
+                    (normal.iter().copied(), zero.iter().copied()),
                     (flags, short, number),
                     PAGE,
                 ))),

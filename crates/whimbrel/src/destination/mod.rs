@@ -13,6 +13,7 @@ mod arriving;
 mod asked;
 mod assembly;
 mod blocktime;
+mod buffer;
 mod door;
 mod fault;
 mod held;

@@ -130,12 +130,10 @@ impl Sender {
         if !normal.is_empty() || !zero.is_empty() {
             let block = crew.ram().block(*index);
             let packed = self.packer.pack(block, normal)?;
-            let offsets = |pages: &[TargetPage]| -> Vec<BlockOffset> {
-                pages.iter().map(|page| BlockOffset(page.offset())).collect()
-            };
+            let offset = |page: &TargetPage| BlockOffset(page.offset());
             let header = PacketHeader::pages(
                 &name(block.name())?,
-                (&offsets(normal), &offsets(zero)),
+                (normal.iter().map(offset), zero.iter().map(offset)),
                 (packed.flags(), packed.len(), packets.fetch_add(1, Ordering::Relaxed)),
                 WIRE_PAGE,
             );
