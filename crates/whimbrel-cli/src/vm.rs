@@ -1,11 +1,12 @@
 //! `whimbrel vm`: the reference VM, controlled through QMP.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use clap::Args;
-use whimbrel::{Address, Event, MigrationStatus, Migrator, Start};
+use whimbrel::{Address, Event, MigrationStatus, Migrator, Start, rescue};
 use whimbrel_control::{Endpoint, Server};
 use whimbrel_vm::{ReferenceVm, SerialOutput};
 
@@ -68,6 +69,7 @@ impl RunVm {
         self.tls.secure(&migrator, incoming)?;
         let (end, ended) = mpsc::channel();
         let _told = end_on_failed_incoming(&migrator, end.clone());
+        let _described = self.vm.memory_path.clone().map(|path| describe_memory(&migrator, path));
         let _signals = {
             let end = end.clone();
             // A receiver that is gone means that the end has begun.
@@ -94,6 +96,20 @@ impl RunVm {
             End::Failed(why) => Err(Failure::new(why)),
         }
     }
+}
+
+/// As soon as the guest has gone, its memory is a part of one migration.
+fn describe_memory(migrator: &Arc<Migrator>, path: PathBuf) -> whimbrel::Subscription {
+    let weak = Arc::downgrade(migrator);
+    migrator.subscribe(move |event| {
+        let Event::Migration(MigrationStatus::PostcopyActive) = event else { return };
+        let Some(migrator) = weak.upgrade() else { return };
+        let described = rescue::describe(&path, migrator.vm(), migrator.migration_id());
+        if let Err(error) = described {
+            // What was there before still says what lies where.
+            eprintln!("whimbrel: {error}");
+        }
+    })
 }
 
 fn end_on_failed_incoming(migrator: &Arc<Migrator>, end: Sender<End>) -> whimbrel::Subscription {

@@ -40,6 +40,7 @@ mod objects;
 mod own_devices;
 mod packing;
 mod plan;
+mod recovery;
 mod report;
 pub mod rescue;
 mod settings;
@@ -59,7 +60,8 @@ pub use migrator::{Migrator, Start, Subscription};
 pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
-    Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
+    AutoRecover, Capabilities, Capability, MultifdCompression, Parameters, SettingError,
+    ZeroPageDetection,
 };
 pub use status::{
     AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,
