@@ -14,7 +14,7 @@ use whimbrel_control::{MigratorBackend, QmpError};
 use whimbrel_ram::{BlockDigest, GuestRam, RamBlock};
 use whimbrel_vm::{ReferenceVm, WritablePages};
 
-use crate::vm::End;
+use crate::vm::News;
 
 /// A digest of each block of RAM, while the guest stands still. With `file` one of each page, into a
 /// file of that name, block after block: 8 bytes each, the lowest first.
@@ -35,14 +35,14 @@ pub(crate) const FILL: &str = "x-rescue-fill";
 pub(crate) fn backend(
     migrator: &Arc<Migrator>,
     vm: &Arc<ReferenceVm>,
-    end: Sender<End>,
+    end: Sender<News>,
 ) -> MigratorBackend {
     let (for_digest, for_check, for_info) = (migrator.clone(), migrator.clone(), migrator.clone());
     let (checked, watched, described) = (vm.clone(), vm.clone(), vm.clone());
     let (for_rescue, for_fill) = (migrator.clone(), migrator.clone());
     MigratorBackend::new(migrator.clone())
         // A receiver that is gone means that the end has begun.
-        .on_quit(move || drop(end.send(End::Quit)))
+        .on_quit(move || drop(end.send(News::Quit)))
         .with_command(RAM_DIGEST, move |arguments| ram_digest(&for_digest, arguments))
         .with_command(SELF_CHECK, move |arguments| {
             none_of(arguments, &[])?;

@@ -1,12 +1,11 @@
 //! `whimbrel vm`: the reference VM, controlled through QMP.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use clap::Args;
-use whimbrel::{Address, Event, MigrationStatus, Migrator, Start, rescue};
+use whimbrel::{Address, Event, MigrationStatus, Migrator, RunState, Start, rescue};
 use whimbrel_control::{Endpoint, Server};
 use whimbrel_vm::{ReferenceVm, SerialOutput};
 
@@ -41,13 +40,15 @@ pub(crate) struct RunVm {
 /// How long the vCPUs may take to end. One that waits for a page may never.
 const HALT: Duration = Duration::from_millis(500);
 
-/// Why the VM ends.
+/// What the VM's main thread is told.
 #[derive(Debug)]
-pub(crate) enum End {
-    /// On request.
+pub(crate) enum News {
+    /// It is to end.
     Quit,
-    /// What it waited for will not come.
+    /// It is to end, for what it waited for will not come.
     Failed(String),
+    /// The guest has gone, and runs elsewhere on what is left of it here; or it has come, whole.
+    Memory,
 }
 
 impl RunVm {
@@ -68,12 +69,11 @@ impl RunVm {
         let migrator = Arc::new(Migrator::new(vm.clone(), start));
         self.tls.secure(&migrator, incoming)?;
         let (end, ended) = mpsc::channel();
-        let _told = end_on_failed_incoming(&migrator, end.clone());
-        let _described = self.vm.memory_path.clone().map(|path| describe_memory(&migrator, path));
+        let _told = tell_of_migrations(&migrator, end.clone());
         let _signals = {
             let end = end.clone();
             // A receiver that is gone means that the end has begun.
-            OnSignal::call(move || drop(end.send(End::Quit)))?
+            OnSignal::call(move || drop(end.send(News::Quit)))?
         };
         let backend = Arc::new(monitor::backend(&migrator, &vm, end));
         if let Some(address) = &address {
@@ -83,7 +83,12 @@ impl RunVm {
         if !incoming && !self.paused {
             migrator.cont()?;
         }
-        let end = ended.recv().unwrap_or(End::Quit);
+        let end = loop {
+            match ended.recv().unwrap_or(News::Quit) {
+                News::Memory => self.describe_memory(&migrator),
+                end => break end,
+            }
+        };
         let waiting = vm.halt(HALT);
         migrator.end();
         drop(server);
@@ -92,35 +97,45 @@ impl RunVm {
             std::mem::forget(vm);
         }
         match end {
-            End::Quit => Ok(()),
-            End::Failed(why) => Err(Failure::new(why)),
+            News::Failed(why) => Err(Failure::new(why)),
+            News::Quit | News::Memory => Ok(()),
+        }
+    }
+
+    /// Says what the file of memory is now: a part of a migration that has an identifier, or a
+    /// guest's as a whole. While pages are still to come it is neither, and nothing says so.
+    fn describe_memory(&self, migrator: &Migrator) {
+        let Some(path) = &self.vm.memory_path else { return };
+        if let Err(error) = rescue::describe(path, migrator.vm(), migrator.migration_id()) {
+            // What was there before still says what lies where.
+            eprintln!("whimbrel: {error}");
         }
     }
 }
 
-/// As soon as the guest has gone, its memory is a part of one migration.
-fn describe_memory(migrator: &Arc<Migrator>, path: PathBuf) -> whimbrel::Subscription {
+fn tell_of_migrations(migrator: &Arc<Migrator>, main: Sender<News>) -> whimbrel::Subscription {
     let weak = Arc::downgrade(migrator);
     migrator.subscribe(move |event| {
-        let Event::Migration(MigrationStatus::PostcopyActive) = event else { return };
         let Some(migrator) = weak.upgrade() else { return };
-        let described = rescue::describe(&path, migrator.vm(), migrator.migration_id());
-        if let Err(error) = described {
-            // What was there before still says what lies where.
-            eprintln!("whimbrel: {error}");
-        }
-    })
-}
-
-fn end_on_failed_incoming(migrator: &Arc<Migrator>, end: Sender<End>) -> whimbrel::Subscription {
-    let weak = Arc::downgrade(migrator);
-    migrator.subscribe(move |event| {
-        let Event::Migration(MigrationStatus::Failed) = event else { return };
-        let Some(migrator) = weak.upgrade() else { return };
-        if migrator.exits_on_error() {
-            let why = migrator.info().error_desc.unwrap_or_else(|| "the migration failed".into());
-            // A receiver that is gone means that the end has begun.
-            let _ = end.send(End::Failed(format!("incoming migration: {why}")));
-        }
+        let news = match event {
+            Event::Migration(MigrationStatus::PostcopyActive)
+                if migrator.run_state() == RunState::Postmigrate =>
+            {
+                News::Memory
+            }
+            Event::Migration(MigrationStatus::Completed)
+                if migrator.run_state() != RunState::Postmigrate =>
+            {
+                News::Memory
+            }
+            Event::Migration(MigrationStatus::Failed) if migrator.exits_on_error() => {
+                let why = migrator.info().error_desc;
+                let why = why.unwrap_or_else(|| "the migration failed".into());
+                News::Failed(format!("incoming migration: {why}"))
+            }
+            _ => return,
+        };
+        // A receiver that is gone means that the end has begun.
+        let _ = main.send(news);
     })
 }

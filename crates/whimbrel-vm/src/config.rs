@@ -23,7 +23,8 @@ pub struct Config {
     /// shared.
     pub shared: bool,
     /// A file, which must not be there yet, to be the memory: shared, so that it outlives the process.
-    /// It is described beside it ([`whimbrel::rescue::describe`]), and never removed.
+    /// It is described beside it ([`whimbrel::rescue::describe`]), unless its content is still to come,
+    /// and never removed.
     pub memory_path: Option<PathBuf>,
     /// How written pages are found.
     pub dirty: DirtyKind,

@@ -57,7 +57,7 @@ impl ComingBack<'_> {
         (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
         self.door.is_paused();
         let (channel, visitor) = match self.wait(orders) {
-            Came::Source(channel, visitor) => (channel, visitor),
+            Came::Source(source) => *source,
             Came::Rescue => {
                 (self.terms.stands)(MigrationStatus::PostcopyActive, None);
                 return Ok(Err(error));
@@ -76,8 +76,8 @@ impl ComingBack<'_> {
             if ended.is_set() || self.shared.is_fatal() {
                 return Came::Nobody;
             }
-            if let Some((channel, visitor)) = self.door.visitor() {
-                return Came::Source(channel, visitor);
+            if let Some(visitor) = self.door.visitor() {
+                return Came::Source(Box::new(visitor));
             }
             if let Some(orders) = orders {
                 orders.obey(self.arriving.absent);
@@ -190,7 +190,7 @@ impl ComingBack<'_> {
 /// What ends a pause.
 enum Came {
     /// The source is back.
-    Source(Channel, Visitor),
+    Source(Box<(Channel, Visitor)>),
     /// Every page is there.
     Rescue,
     /// Nobody comes back any more.
