@@ -53,7 +53,8 @@ fn wait_for_status(qemu: &mut Qemu, status: &str) -> Result<()> {
     })
 }
 
-/// The source dies when its guest is ours and RAM is not: nothing is kept, nothing is left.
+/// The source dies when its guest is ours and RAM is not: what has come is kept as a part, of which
+/// no QEMU can begin.
 fn source_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
     let guest = BootSector { seed: 82 };
     let journey = Journey::new(peer.machine(), &guest)?;
@@ -74,9 +75,18 @@ fn source_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
     })?;
     drop(source);
     let said = receiver.wait(MIGRATION_MAX)?.refused()?;
-    ensure!(said.contains("nothing was kept"), "it is not said that nothing was kept: {said}");
+    let part = journey.file("store/kept.part");
+    let told = format!("what has come is kept in {}", text(&part)?);
+    ensure!(said.contains(&told), "it is not said that a part was kept: {said}");
     let left: Vec<_> = fs::read_dir(journey.file("store"))?.collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    ensure!(left.len() == 1 && part.exists(), "left behind: {left:?}");
+    let whole = journey.file("whole");
+    let join = ["rescue", "join", text(&part)?, "-o", text(&whole)?];
+    let said = journey.whimbrel(&join)?.refused()?;
+    ensure!(said.contains("pages of RAM are in neither part"), "{said}");
+    let said = journey.whimbrel(&[&join[..], &["--lost=poison"]].concat())?.refused()?;
+    ensure!(said.contains("no QEMU can be told so"), "{said}");
+    ensure!(!whole.exists(), "a QEMU would take zeros for what is lost");
     Ok(())
 }
 

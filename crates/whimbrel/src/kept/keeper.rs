@@ -14,6 +14,7 @@ use super::writing::Writing;
 use super::{Access, KeptSummary};
 use crate::destination::incoming::{Devices, Host};
 use crate::error::Error;
+use crate::rescue::{Missing, Side, write_part};
 use crate::source::setup::name;
 use crate::worker::{Cancel, Worker};
 
@@ -73,6 +74,29 @@ impl Keeper {
             Some(devices) => self.write(devices, true),
             None => Ok(()),
         }
+    }
+
+    /// The guest came first, and nothing more comes: keeps what is not `missing` as a part, beside the
+    /// file that was asked for; gives its name.
+    pub(super) fn keep_part(
+        &mut self,
+        missing: &Missing,
+        migration: Option<[u8; 16]>,
+    ) -> Result<PathBuf, Error> {
+        self.toucher = None;
+        self.writing = None;
+        let configuration = self.kept_configuration()?;
+        let (Some(ram), Some(devices)) = (&self.ram, self.ahead.take()) else {
+            return Err(Error::Refused("its devices have not come".into()));
+        };
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(".part");
+        let path = PathBuf::from(name);
+        let writing = Writing::begin(&path, &configuration, ram, self.access, &self.cancel)?;
+        let (early, tail, _) = encode(devices);
+        let stream = (&configuration, &early[..], &tail[..]);
+        write_part(writing, ram, stream, Side::Destination, migration, missing)?;
+        Ok(path)
     }
 
     /// The source has given its guest away: the file gets its name.

@@ -4,11 +4,12 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use whimbrel_wire::{DeviceState, TargetPage, page_bitmap as bitmap};
+use whimbrel_wire::{TargetPage, page_bitmap as bitmap};
 
 use super::part::Part;
 use super::{Lost, Side, lost};
 use crate::error::Error;
+use crate::kept::KeptVm;
 use crate::kept::disk::{bytes, runs};
 use crate::kept::keeper::encode_own;
 use crate::kept::layout::Layout;
@@ -159,7 +160,7 @@ impl Joining<'_> {
             let bits = file.file.write_all_at(&copied.present, header.bitmap_offset);
             file.error_of(bits)?;
         }
-        let tail = self.tail(&vm.devices, &lost)?;
+        let tail = self.tail(vm, &lost)?;
         for words in layout.into_words(&tail) {
             file.error_of(file.file.write_all_at(&words.bytes, words.at))?;
         }
@@ -175,15 +176,28 @@ impl Joining<'_> {
     }
 
     /// The devices, with the end of the stream.
-    fn tail(&self, devices: &DeviceState, lost: &[(String, Range<u64>)]) -> Result<Vec<u8>, Error> {
-        let mut sections = devices.sections.clone();
-        if !lost.is_empty() {
-            let ids = sections.iter().map(|section| section.header.id.0);
-            let id = ids.max().map_or(1, |last| last.wrapping_add(1));
-            sections.push(own_devices::section(id, &lost::section(lost))?);
-        }
+    fn tail(&self, vm: &KeptVm, lost: &[(String, Range<u64>)]) -> Result<Vec<u8>, Error> {
         let mut tail = Vec::new();
-        encode_own(&sections, &mut tail);
+        if vm.configuration.is_whimbrel() {
+            let mut sections = vm.devices.sections.clone();
+            if !lost.is_empty() {
+                let ids = sections.iter().map(|section| section.header.id.0);
+                let id = ids.max().map_or(1, |last| last.wrapping_add(1));
+                sections.push(own_devices::section(id, &lost::section(lost))?);
+            }
+            encode_own(&sections, &mut tail);
+            return Ok(tail);
+        }
+        if !lost.is_empty() {
+            return Err(refused(
+                self.part,
+                "it is a QEMU's, and pages of it are lost: no QEMU can be told so",
+            ));
+        }
+        let mut devices = vm.devices.clone();
+        // A stock QEMU waits for a description, be it an empty one.
+        devices.vmdesc.get_or_insert_with(|| b"{}".to_vec());
+        devices.encode(&mut tail);
         Ok(tail)
     }
 

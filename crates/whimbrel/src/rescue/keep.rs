@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use whimbrel_ram::{AbsentRam, TARGET_PAGE};
+use whimbrel_ram::{AbsentRam, GuestRam, TARGET_PAGE};
 use whimbrel_wire::{Configuration, header::capability};
 
 use super::Side;
@@ -12,6 +12,7 @@ use super::part::MAGIC;
 use super::record::Record;
 use crate::error::Error;
 use crate::kept::Access;
+use crate::kept::disk::runs;
 use crate::kept::keeper::encode_own;
 use crate::kept::writing::Writing;
 use crate::own_devices;
@@ -55,32 +56,19 @@ pub(crate) fn keep(origin: &Origin<'_>, path: &Path) -> Result<KeptPart, Error> 
     let mut configuration = Configuration::new(name(&vm.machine())?);
     configuration.uuid = vm.uuid();
     configuration.capabilities.push(name(capability::MAPPED_RAM)?);
-    let blocks: Vec<(String, u64)> =
-        ram.blocks().map(|(_, block)| (block.name().into(), block.len())).collect();
     // As of now: what comes meanwhile is missing in the file.
     let missing = match absent {
         Some(absent) => Missing::of(absent.received(), ram),
-        None => Missing::nothing(blocks.iter().map(|(_, len)| *len)),
+        None => Missing::nothing(ram.blocks().map(|(_, block)| block.len())),
     };
     let write = || {
         let sections = own_devices::sections(vm, runs)?;
         let mut tail = Vec::new();
         encode_own(&sections, &mut tail);
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
-        let mut writing = Writing::begin(path, &configuration, ram, Access::default(), &cancel)?;
-        let changes = writing.changes();
-        for (index, block) in ram.blocks() {
-            let all = 0..block.target_pages();
-            let place = index.index();
-            let has = |page| !missing.has(place, page);
-            for run in crate::kept::disk::runs(all, u64::MAX, has) {
-                changes.placed(index, run);
-            }
-        }
-        let stored = writing.finish(&configuration, &[], &tail, false)?;
-        let record = Record { side, migration, blocks: blocks.clone(), missing: missing.clone() };
-        writing.mark_as_part(MAGIC, |at| record.encode(at))?;
-        writing.keep()?;
+        let writing = Writing::begin(path, &configuration, ram, Access::default(), &cancel)?;
+        let stream = (&configuration, &[][..], &tail[..]);
+        let stored = write_part(writing, ram, stream, side, migration, &missing)?;
         Ok((stored, sections.len()))
     };
     let (stored, devices) = match absent {
@@ -95,4 +83,29 @@ pub(crate) fn keep(origin: &Origin<'_>, path: &Path) -> Result<KeptPart, Error> 
         missing_pages: missing.count(),
         devices,
     })
+}
+
+/// Writes the pages of `ram` that are not `missing`, which nobody has told `writing` of yet, and the
+/// stream around them: configuration, encoded sections before RAM, and those after it with the end
+/// of it. Gives how many pages are not zero.
+pub(crate) fn write_part(
+    mut writing: Writing,
+    ram: &GuestRam,
+    (configuration, early, tail): (&Configuration, &[u8], &[u8]),
+    side: Side,
+    migration: Option<[u8; 16]>,
+    missing: &Missing,
+) -> Result<u64, Error> {
+    let changes = writing.changes();
+    for (index, block) in ram.blocks() {
+        let has = |page| !missing.has(index.index(), page);
+        runs(0..block.target_pages(), u64::MAX, has).for_each(|run| changes.placed(index, run));
+    }
+    // Nothing but the disk may keep it from being kept.
+    let stored = writing.finish(configuration, early, tail, true)?;
+    let blocks = ram.blocks().map(|(_, block)| (block.name().into(), block.len())).collect();
+    let record = Record { side, migration, blocks, missing: missing.clone() };
+    writing.mark_as_part(MAGIC, |at| record.encode(at))?;
+    writing.keep()?;
+    Ok(stored)
 }

@@ -9,7 +9,7 @@ use crate::kept::disk::runs;
 
 /// A bitmap a block, as mapped RAM has them: the pages that are set are missing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Missing {
+pub(crate) struct Missing {
     pub(super) blocks: Vec<Vec<u8>>,
 }
 
@@ -24,7 +24,7 @@ impl Missing {
     }
 
     /// What has not been received.
-    pub(super) fn of(received: &Received, ram: &GuestRam) -> Missing {
+    pub(crate) fn of(received: &Received, ram: &GuestRam) -> Missing {
         let mut missing = Missing::nothing(ram.blocks().map(|(_, block)| block.len()));
         for ((index, block), bits) in ram.blocks().zip(&mut missing.blocks) {
             let mut from = 0;
@@ -57,7 +57,7 @@ impl Missing {
     }
 
     /// How many pages are missing.
-    pub(super) fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         (0..self.blocks.len()).map(|block| self.in_block(block)).sum()
     }
 }

@@ -35,7 +35,9 @@ pub use memory_file::describe;
 pub use part::{Part, PartBlock};
 
 pub(crate) use guest::{fill_destination, keep_destination, keep_source};
+pub(crate) use keep::write_part;
 pub(crate) use lost::{NAME as LOST_PAGES, poison_as_told};
+pub(crate) use missing::Missing;
 pub(crate) use orders::{Orders, not_paused};
 
 /// Which side of a migration.
