@@ -1,14 +1,16 @@
 //! Filling a paused destination with what the other part has: its guest goes on without having
 //! been stopped.
 
-use whimbrel_ram::{AbsentRam, BlockIndex, Fault};
+use std::ops::Range;
+
+use whimbrel_ram::{AbsentRam, BlockIndex, Fault, RamBlock, TargetPage};
 
 use super::answering::{answer, take};
 use super::missing::Missing;
 use super::part::Part;
 use super::{Lost, lost};
 use crate::error::Error;
-use crate::kept::disk::bytes;
+use crate::kept::disk::{bytes, runs};
 
 /// How many pages are placed at a time, at most, before it is looked who waits: 1 MiB, well under a
 /// millisecond.
@@ -50,21 +52,20 @@ pub(crate) fn fill(
 struct Filling<'a> {
     absent: &'a AbsentRam,
     part: &'a Part,
-    /// The place of each block in the part.
-    places: Vec<usize>,
+    /// The place of each block in the part, if it has it.
+    places: Vec<Option<usize>>,
 }
 
 impl<'a> Filling<'a> {
     fn new(absent: &'a AbsentRam, part: &'a Part) -> Filling<'a> {
-        let place = |name| part.place_of(name).expect("the same blocks, as was checked");
-        let places = absent.ram().blocks().map(|(_, block)| place(block.name())).collect();
+        let places = absent.ram().blocks().map(|(_, block)| part.place_of(block.name())).collect();
         Filling { absent, part, places }
     }
 
     /// How many pages are missing in both.
     fn nowhere(&self) -> u64 {
         let missing = Missing::of(self.absent.received(), self.absent.ram());
-        let in_both = |(index, block): (BlockIndex, &whimbrel_ram::RamBlock)| {
+        let in_both = |(index, block): (BlockIndex, &RamBlock)| {
             let unit = self.absent.unit(index).target_pages();
             let has =
                 |page: &u64| missing.has(index.index(), *page) && !self.has_unit(index, *page);
@@ -79,9 +80,9 @@ impl<'a> Filling<'a> {
 
     /// Whether the part has all of the piece of RAM that `page` begins.
     fn has_unit(&self, index: BlockIndex, page: u64) -> bool {
-        let place = self.places[index.index()];
         let unit = self.absent.unit(index).target_pages();
-        (page..page + unit).all(|page| !self.part.is_missing(place, page))
+        self.places[index.index()]
+            .is_some_and(|place| (page..page + unit).all(|page| !self.part.is_missing(place, page)))
     }
 
     fn run(&self) -> Result<u64, Error> {
@@ -116,7 +117,7 @@ impl<'a> Filling<'a> {
         if answer(self.absent, fault)? {
             return Ok(0);
         }
-        let page = whimbrel_ram::TargetPage::containing(fault.offset).0;
+        let page = TargetPage::containing(fault.offset).0;
         self.place(fault.block, page..page + self.absent.unit(fault.block).target_pages(), buffer)
     }
 
@@ -125,17 +126,18 @@ impl<'a> Filling<'a> {
     fn place(
         &self,
         index: BlockIndex,
-        pages: std::ops::Range<u64>,
+        pages: Range<u64>,
         buffer: &mut Vec<u8>,
     ) -> Result<u64, Error> {
+        let Some(place) = self.places[index.index()] else { return Ok(0) };
         let unit = self.absent.unit(index).target_pages();
         let mut placed = 0;
         let has = |number: u64| self.has_unit(index, number * unit);
-        for run in crate::kept::disk::runs(pages.start / unit..pages.end / unit, u64::MAX, has) {
+        for run in runs(pages.start / unit..pages.end / unit, u64::MAX, has) {
             let run = run.start * unit..run.end * unit;
             let len = usize::try_from(bytes(run.end - run.start)).expect("in memory");
             buffer.resize(len, 0);
-            self.part.read(self.places[index.index()], run.clone(), buffer)?;
+            self.part.read(place, run.clone(), buffer)?;
             placed += self
                 .absent
                 .place(index, bytes(run.start), buffer)

@@ -107,7 +107,7 @@ fn check_alike(part: &Part, other: &Part) -> Result<(), Error> {
     let (mut here, mut there) = (vec![0; page], vec![0; page]);
     let (mut compared, mut same) = (0, 0);
     for (block, _) in part.blocks().enumerate() {
-        let place = other.place_of(part.block_name(block)).expect("the same blocks");
+        let Some(place) = other.place_of(part.block_name(block)) else { continue };
         for number in 0..part.pages(block) {
             if part.is_missing(block, number) || other.is_missing(place, number) {
                 continue;
@@ -204,7 +204,7 @@ impl Joining<'_> {
     /// Where the other part has a block.
     fn there(&self, block: usize) -> Option<(&Part, usize)> {
         let other = self.other?;
-        Some((other, other.place_of(self.part.block_name(block)).expect("the same blocks")))
+        Some((other, other.place_of(self.part.block_name(block))?))
     }
 
     fn is_nowhere(&self, block: usize, page: u64) -> bool {

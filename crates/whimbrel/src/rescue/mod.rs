@@ -27,6 +27,8 @@ mod missing;
 mod orders;
 pub(crate) mod part;
 mod record;
+#[cfg(test)]
+mod tests;
 
 pub use fill::Filled;
 pub use join::{How, Joined, join, roll_back};

@@ -119,6 +119,12 @@ impl Orders {
         done.recv().unwrap_or_else(|_| Err(not_paused()))
     }
 
+    /// How many orders wait.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.lock().queue.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // The queue is whole after every statement.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
