@@ -49,13 +49,16 @@ impl ComingBack<'_> {
         input: &mut Input,
         error: Error,
     ) -> Result<Result<(), Error>, Error> {
+        // The source may not have noticed.
+        input.channel().hang_up();
         self.shared.outbox.disconnect();
         self.arriving.forget_begun();
         // Only a guest that is here can be rescued.
         let orders = self.terms.orders.filter(|_| self.shared.run.is_set());
+        // First: as soon as it is told that it is paused, it may be told where to wait, or rescued.
         let attending = orders.map(Orders::attend);
-        (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
         self.door.is_paused();
+        (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
         let (channel, visitor) = match self.wait(orders) {
             Came::Source(source) => *source,
             Came::Rescue => {

@@ -228,7 +228,6 @@ impl Receiver {
                     let terms = Terms {
                         report: &report,
                         links: &links,
-                        listener: listener.clone(),
                         preempt,
                         blocktime: false,
                         parameters: &|| parameters.clone(),
@@ -236,7 +235,7 @@ impl Receiver {
                         orders: None,
                         stands: &|status, reason| stands(&report, status, reason),
                     };
-                    take_rest(&mut incoming, &mut keeper, package, &terms)
+                    take_rest(&mut incoming, &mut keeper, package, (listener, &terms))
                 }
             })
             .and_then(|()| keeper.keep());
@@ -262,9 +261,10 @@ fn take_rest(
     incoming: &mut Incoming,
     keeper: &mut keeper::Keeper,
     package: u32,
-    terms: &Terms<'_>,
+    terms: (Arc<Listener>, &Terms<'_>),
 ) -> Result<(), Error> {
     keeper.pause()?;
+    let report = terms.1.report;
     match incoming.receive_rest(package, keeper, terms) {
         Ok(()) => keeper.complete(),
         Err(Failed::Before(error)) => Err(error),
@@ -273,7 +273,7 @@ fn take_rest(
             let pages = missing.count();
             // Whoever touches its pages is woken: before its thread is waited for.
             drop(absent);
-            let what = match keeper.keep_part(&missing, terms.report.migration()) {
+            let what = match keeper.keep_part(&missing, report.migration()) {
                 Ok(part) => format!(
                     "what has come is kept in {}: 'whimbrel rescue join' makes it whole with what the \
                      source has left",
