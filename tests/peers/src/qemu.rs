@@ -74,7 +74,7 @@ impl Machine<'_> {
             .args(["-serial", "chardev:console"])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
-            .args(self.backing.arguments(self.guest.mebibytes()))
+            .args(self.backing.arguments(self.guest.mebibytes(), &file("ram")))
             .args(self.guest.arguments(folder)?);
         match begin {
             Begin::Boot => {}
