@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::Address;
+
 /// What can be switched on (`MigrationCapability`). Only what this engine does is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -139,6 +141,14 @@ pub enum SettingError {
         capability: Capability,
         /// The other.
         other: Capability,
+    },
+    /// A parameter is no address that can be connected to once more.
+    #[error("parameter '{name}': {reason}")]
+    Address {
+        /// The parameter.
+        name: &'static str,
+        /// What is wrong with it.
+        reason: String,
     },
 }
 
@@ -309,6 +319,7 @@ impl Parameters {
                 found: self.silence_limit,
             });
         }
+        check_recover_uri(&self.recover_uri)?;
         if !self.xbzrle_cache_size.is_power_of_two() || self.xbzrle_cache_size < 4096 {
             return Err(SettingError::Range {
                 name: "xbzrle-cache-size",
@@ -318,4 +329,19 @@ impl Parameters {
         }
         Ok(())
     }
+}
+
+/// A descriptor is used up by its first connection, and a file answers nobody.
+fn check_recover_uri(uri: &str) -> Result<(), SettingError> {
+    if uri.is_empty() {
+        return Ok(());
+    }
+    let reason = match uri.parse() {
+        Ok(Address::Tcp { .. } | Address::Unix(_) | Address::Exec(_)) => return Ok(()),
+        Ok(Address::Fd(_) | Address::File { .. }) => {
+            format!("'{uri}' cannot be connected to once more: expected tcp:, unix: or exec:")
+        }
+        Err(error) => error.to_string(),
+    };
+    Err(SettingError::Address { name: "recover-uri", reason })
 }
