@@ -5,6 +5,7 @@ mod arguments;
 mod command;
 mod connection;
 mod event;
+mod in_order;
 mod object;
 mod outbox;
 mod parameters;

@@ -114,6 +114,82 @@ fn queries_are_quick_whatever_the_others_do() {
     assert!(worst < Duration::from_millis(250), "the worst of 100 queries took {worst:?}");
 }
 
+/// A command takes long, others wait for their turn behind it: what may overtake them is answered
+/// at once, and all others in their order.
+#[test]
+fn what_may_overtake_does_and_all_else_keeps_its_order() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(r#"{"execute":"stop","id":1}{"execute":"nope","id":2}nonsense"#);
+    raw.send("\n");
+    raw.send(r#"{"execute":"query-name","id":3}{"exec-oob":"migrate-pause","id":4}"#);
+    raw.send(r#"{"exec-oob":"query-name","id":5}"#);
+    assert_eq!(raw.line(), r#"{"id":4,"return":{}}"#);
+    assert_eq!(raw.value()["id"], 5);
+    assert_eq!(served.fake.calls(), ["migrate-pause"]);
+    drop(held);
+    assert_eq!(raw.value()["event"], "STOP");
+    assert_eq!(raw.line(), r#"{"id":1,"return":{}}"#);
+    assert_eq!(raw.value()["id"], 2);
+    assert_eq!(raw.value()["error"]["class"], "GenericError");
+    assert_eq!(raw.line(), r#"{"id":3,"return":{"name":"fake"}}"#);
+}
+
+/// As many commands wait as may: what comes behind them is read when there is room, and then
+/// overtakes what is left.
+#[test]
+fn who_has_too_many_commands_waiting_is_not_listened_to() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(r#"{"execute":"stop"}"#);
+    raw.send(&r#"{"execute":"query-name"}"#.repeat(7));
+    raw.send(r#"{"exec-oob":"migrate-pause","id":4}"#);
+    raw.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let silence = raw.stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(served.fake.calls(), [""; 0]);
+    raw.stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    drop(held);
+    let replies: Vec<_> = (0..10).map(|_| raw.value()).collect();
+    assert_eq!(replies.iter().filter(|reply| reply["return"]["name"] == "fake").count(), 7);
+    assert_eq!(replies.iter().filter(|reply| reply["id"] == 4).count(), 1);
+    assert_eq!(served.fake.calls(), ["migrate-pause"]);
+}
+
+/// With commands that overtake too: whoever closes its side gets what it asked for, and whoever
+/// goes is not missed.
+#[test]
+fn a_client_whose_commands_wait_may_close_its_side_or_go() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(
+        r#"{"execute":"stop","id":1}{"execute":"query-name","id":2}{"execute":"quit","id":3}"#,
+    );
+    raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut gone = Raw::out_of_band(&served.path());
+    gone.send(r#"{"execute":"stop"}{"execute":"migrate_cancel"}"#);
+    served.fake.wait_stops(2);
+    drop(gone);
+    drop(held);
+    let lines: Vec<_> = std::iter::from_fn(|| {
+        let line = raw.line();
+        (!line.is_empty()).then_some(line)
+    })
+    .filter(|line| line.contains("\"id\""))
+    .collect();
+    let expected = [
+        r#"{"id":1,"return":{}}"#,
+        r#"{"id":2,"return":{"name":"fake"}}"#,
+        r#"{"id":3,"return":{}}"#,
+    ];
+    assert_eq!(lines, expected);
+    assert!(served.fake.quit.load(Ordering::Acquire));
+    eventually("its threads end", || threads("qmp/order-").is_empty());
+}
+
 #[test]
 fn who_does_not_read_events_is_disconnected_and_holds_up_nobody() {
     let served = Served::new();
