@@ -8,5 +8,6 @@ mod kept_in_parallel;
 mod postcopy;
 mod process;
 mod qmp;
+mod recovery;
 mod stalled;
 mod stream;

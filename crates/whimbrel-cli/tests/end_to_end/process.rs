@@ -48,8 +48,15 @@ impl Ended {
     /// It failed with one line on the standard error, which holds all of `texts`. Lines of
     /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
-        const PROGRESS: [&str; 6] =
-            ["waiting for a migration at ", "received ", "setup", "active", "device", "postcopy-"];
+        const PROGRESS: [&str; 7] = [
+            "waiting for a migration at ",
+            "received ",
+            "setup",
+            "active",
+            "device",
+            "postcopy-",
+            "link lost, recovering ",
+        ];
         assert_eq!(self.status.code(), Some(1), "{what}: {self:?}");
         let progress = |line: &&str| PROGRESS.iter().any(|start| line.starts_with(start));
         let lines: Vec<&str> = self.err.lines().skip_while(progress).collect();
