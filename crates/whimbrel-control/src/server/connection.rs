@@ -158,6 +158,7 @@ impl Connection<'_> {
     fn answer_all(&mut self) -> io::Result<bool> {
         while !self.is_held_up() {
             let Some(message) = self.framing.next_value() else { return Ok(false) };
+            let stranger = message.is_err() && !self.session.is_negotiated();
             let request = self.session.read(message);
             match &self.in_order {
                 Some(in_order) if !request.overtakes() => in_order.push(request)?,
@@ -169,6 +170,11 @@ impl Connection<'_> {
                     }
                     self.end_if_told();
                 }
+            }
+            if stranger {
+                // A browser's request is no JSON either, and the body that follows it may be.
+                self.send()?;
+                return Err(io::Error::other("it does not speak QMP"));
             }
             if self.session.is_out_of_band() && self.in_order.is_none() {
                 let session = self.session.clone();

@@ -94,6 +94,11 @@ impl Outbox {
         self.waker.wake();
     }
 
+    /// Whether the client gets events.
+    pub(super) fn has_negotiated(&self) -> bool {
+        self.state().negotiated
+    }
+
     /// From now on the client gets events.
     pub(super) fn negotiated(&self) {
         self.state().negotiated = true;

@@ -255,6 +255,75 @@ fn one_client_too_many_is_told_so() {
 }
 
 #[test]
+fn who_does_not_negotiate_makes_room_and_who_does_keeps_its_place() {
+    let options = ServerOptions {
+        max_clients: 2,
+        negotiation_limit: Duration::from_millis(50),
+        ..ServerOptions::default()
+    };
+    let served = Served::with(options);
+    let mut first = Raw::negotiated(&served.path());
+    let mut silent = Raw::connect(&served.path());
+    assert!(silent.line().contains("QMP"));
+    thread::sleep(Duration::from_millis(100));
+    let mut next = Raw::negotiated(&served.path());
+    assert_eq!(silent.line(), "", "it has been disconnected");
+    served.wait_report("it did not negotiate");
+    for client in [&mut first, &mut next] {
+        assert_eq!(client.ask(r#"{"execute":"query-name"}"#), r#"{"return":{"name":"fake"}}"#);
+    }
+    let error = Client::connect(served.endpoint.clone(), Duration::from_secs(5)).unwrap_err();
+    assert!(error.to_string().contains("too many clients"), "{error}");
+}
+
+/// A page that a browser shows can have it send a request here, with a body of its own. None of it is
+/// executed.
+#[test]
+fn who_does_not_begin_with_qmp_is_disconnected() {
+    let served = Served::new();
+    let mut browser = Raw::connect(&served.path());
+    assert!(browser.line().contains("QMP"));
+    browser.send("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n{\"execute\":\"qmp_capabilities\"}");
+    // The answer may be lost with the connection.
+    let _ = browser.stream.write_all(b"{\"execute\":\"stop\"}\n");
+    served.wait_report("it does not speak QMP");
+    let mut rest = Vec::new();
+    let _ = browser.stream.read_to_end(&mut rest);
+    let rest = String::from_utf8_lossy(&rest);
+    assert!(!rest.contains("return"), "{rest}");
+    assert_eq!(
+        Raw::negotiated(&served.path()).ask(r#"{"execute":"query-name"}"#),
+        r#"{"return":{"name":"fake"}}"#
+    );
+    assert!(served.fake.settings.lock().unwrap().run_state == whimbrel::RunState::Running);
+}
+
+#[test]
+fn a_server_that_is_open_to_others_says_so() {
+    let lines = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let options = ServerOptions {
+        report: Arc::new({
+            let lines = lines.clone();
+            move |line: &str| lines.lock().unwrap().push(line.to_owned())
+        }),
+        ..ServerOptions::default()
+    };
+    let bind = |place: &str| {
+        let backend = Arc::new(Fake::default()) as Arc<dyn Backend>;
+        drop(Server::bind_with(place.parse().unwrap(), backend, options.clone()).unwrap());
+    };
+    bind("tcp::0");
+    bind("tcp:127.0.0.1:0");
+    assert_eq!(*lines.lock().unwrap(), [""; 0]);
+    bind("tcp:0.0.0.0:0");
+    let lines = lines.lock().unwrap();
+    assert!(
+        lines.len() == 1 && lines[0].contains("whoever connects controls this VM"),
+        "{lines:?}"
+    );
+}
+
+#[test]
 fn nothing_is_left_of_a_server_that_is_dropped() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("qmp");
