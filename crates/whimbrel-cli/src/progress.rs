@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use whimbrel::MigrationInfo;
 use whimbrel_control::MigrationReport;
 
+use crate::failure::harmless;
+
 /// Between two looks on a terminal.
 const REDRAW: Duration = Duration::from_millis(100);
 /// Between two plain lines.
@@ -80,6 +82,7 @@ impl Shown {
 
     /// Shows `text`, in place of what was shown before where that is possible.
     pub(crate) fn show(&mut self, text: &str) {
+        let text = &*harmless(text);
         let mut out = io::stderr().lock();
         // A standard error that is gone is no reason to fail.
         if self.terminal {

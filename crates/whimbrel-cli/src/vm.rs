@@ -80,6 +80,8 @@ impl RunVm {
         let backend = Arc::new(monitor::backend(&migrator, &vm, end));
         if let Some(address) = &address {
             migrator.incoming(address, true)?;
+            let waits_at = migrator.info().socket_address.unwrap_or_default();
+            self.tls.warn(waits_at.first());
         }
         let server = self.qmp.clone().map(|at| Server::bind(at, backend)).transpose()?;
         if !incoming && !self.paused {

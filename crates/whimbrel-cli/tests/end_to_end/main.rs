@@ -9,5 +9,6 @@ mod postcopy;
 mod process;
 mod qmp;
 mod recovery;
+mod security;
 mod stalled;
 mod stream;

@@ -120,7 +120,7 @@ impl Running {
     }
 
     /// Runs any command beside the test.
-    fn beside(mut command: Command) -> Running {
+    pub(crate) fn beside(mut command: Command) -> Running {
         let folder = folder();
         let err = fs::File::create(folder.path().join("err")).expect("a file");
         let child = command
@@ -157,6 +157,13 @@ impl Running {
         let status = wait(&mut self.child, what);
         let out = fs::read_to_string(self.folder.path().join("out")).expect("what it said");
         Ended { status, out, err: self.err() }
+    }
+
+    /// SIGINT, by which it ends in order.
+    pub(crate) fn interrupt(&self) {
+        let mut interrupt = Command::new("kill");
+        interrupt.args(["-INT", &self.id().to_string()]);
+        run(interrupt).expect_success("kill -INT");
     }
 
     /// SIGKILL.
