@@ -331,15 +331,15 @@ impl Parameters {
     }
 }
 
-/// A descriptor is used up by its first connection, and a file answers nobody.
+/// What is connected to again and again is a socket.
 fn check_recover_uri(uri: &str) -> Result<(), SettingError> {
     if uri.is_empty() {
         return Ok(());
     }
     let reason = match uri.parse() {
-        Ok(Address::Tcp { .. } | Address::Unix(_) | Address::Exec(_)) => return Ok(()),
-        Ok(Address::Fd(_) | Address::File { .. }) => {
-            format!("'{uri}' cannot be connected to once more: expected tcp:, unix: or exec:")
+        Ok(Address::Tcp { .. } | Address::Unix(_)) => return Ok(()),
+        Ok(Address::Fd(_) | Address::Exec(_) | Address::File { .. }) => {
+            format!("'{uri}' cannot be connected to again and again: expected tcp: or unix:")
         }
         Err(error) => error.to_string(),
     };

@@ -196,8 +196,8 @@ mod tests {
             ),
             (
                 json!({"recover-uri": "fd:3"}),
-                "parameter 'recover-uri': 'fd:3' cannot be connected to once more: expected tcp:, \
-                 unix: or exec:",
+                "parameter 'recover-uri': 'fd:3' cannot be connected to again and again: \
+                 expected tcp: or unix:",
             ),
         ];
         for (changes, expected) in cases {
