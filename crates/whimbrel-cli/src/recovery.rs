@@ -14,6 +14,9 @@ use crate::progress::mib;
 pub(crate) const LIMIT: Duration = Duration::from_secs(300);
 /// How long a side may take to find out what the other knows already.
 const NOTICE: Duration = Duration::from_secs(2);
+/// How long both may be about to go on: whom each has found then is not the other. A stock QEMU waits
+/// for ever for the first words of whoever connects.
+const STUCK: Duration = Duration::from_secs(15);
 /// Between two attempts, at first and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 
@@ -197,7 +200,7 @@ impl Recovery {
             (Side::Paused, Side::Linked) => (Some(RESUME), Some(BREAK_AND_RECOVER)),
             (Side::Linked, Side::Paused) => (Some(BREAK_AND_RESUME), Some(RECOVER)),
             (Side::Paused, Side::Recovering | Side::Silent) => (Some(RESUME), None),
-            (Side::Recovering, Side::Paused) => (None, Some(RECOVER)),
+            (Side::Connecting | Side::Recovering, Side::Paused) => (None, Some(RECOVER)),
             (_, _) => (None, None),
         };
         parts.extend(destination.map(|what| format!("the destination needs {what}")));
@@ -246,6 +249,8 @@ enum Side {
     Linked,
     /// It waits to be told how to go on, or for what it has been told to come.
     Paused,
+    /// It looks for the other side.
+    Connecting,
     /// It has begun to go on.
     Recovering,
     /// It is done.
@@ -259,7 +264,8 @@ impl Side {
     fn of(status: &str) -> Side {
         match status {
             "postcopy-paused" => Side::Paused,
-            "postcopy-recover-setup" | "postcopy-recover" => Side::Recovering,
+            "postcopy-recover-setup" => Side::Connecting,
+            "postcopy-recover" => Side::Recovering,
             "completed" => Side::Done,
             "failed" | "cancelled" => Side::Failed,
             _ => Side::Linked,
@@ -307,13 +313,16 @@ impl Steps {
             (Side::Paused, Side::Paused | Side::Silent) => Step::Reconnect,
             (Side::Paused, Side::Linked | Side::Recovering) => Step::BreakDestination,
             (Side::Linked | Side::Recovering, Side::Paused) => Step::BreakSource,
+            (Side::Recovering, Side::Recovering) => Step::BreakDestination,
             (_, _) => Step::Wait,
         };
         let due = match step {
             Step::Wait => false,
             Step::Reconnect => now >= self.next,
             Step::BreakSource | Step::BreakDestination => {
-                now >= self.next && now.saturating_sub(since) >= NOTICE
+                let both = (here, there) == (Side::Recovering, Side::Recovering);
+                let patience = if both { STUCK } else { NOTICE };
+                now >= self.next && now.saturating_sub(since) >= patience
             }
         };
         if !due {
@@ -369,11 +378,22 @@ mod tests {
     }
 
     #[test]
+    fn two_that_are_about_to_go_on_for_long_have_not_found_each_other() {
+        let mut steps = Steps::new();
+        for second in 0..15 {
+            assert_eq!(steps.next(Side::Recovering, Side::Recovering, seconds(second)), Step::Wait);
+        }
+        let step = steps.next(Side::Recovering, Side::Recovering, seconds(15));
+        assert_eq!(step, Step::BreakDestination);
+    }
+
+    #[test]
     fn nothing_is_done_while_a_side_is_about_to_go_on() {
         let mut steps = Steps::new();
         for second in 0..60 {
             for (here, there) in [
-                (Side::Recovering, Side::Recovering),
+                (Side::Connecting, Side::Paused),
+                (Side::Connecting, Side::Recovering),
                 (Side::Recovering, Side::Silent),
                 (Side::Linked, Side::Silent),
                 (Side::Paused, Side::Done),
