@@ -38,6 +38,7 @@ mod migrator;
 mod objects;
 mod packing;
 mod plan;
+mod recovery;
 mod report;
 mod settings;
 mod source;

@@ -72,6 +72,16 @@ impl MigrationStatus {
         )
     }
 
+    /// Whether `migrate-pause` has something to break.
+    pub(crate) fn is_broken_by_pause(self) -> bool {
+        matches!(self, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover)
+    }
+
+    /// Whether a source can be told where to find its destination again.
+    pub(crate) fn may_resume(self) -> bool {
+        matches!(self, MigrationStatus::PostcopyPaused | MigrationStatus::PostcopyRecoverSetup)
+    }
+
     /// Whether a migration is under way.
     pub fn is_running(self) -> bool {
         match self {
