@@ -8,6 +8,8 @@ mod kept_in_parallel;
 mod postcopy;
 mod process;
 mod qmp;
+mod recovery;
 mod rescue;
+mod security;
 mod stalled;
 mod stream;

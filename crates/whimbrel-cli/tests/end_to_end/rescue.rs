@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use crate::demo::accelerators;
 use crate::kept::names;
 use crate::postcopy::{SLOW, begin, expect_quits, pair, progress};
-use crate::process::{SMALL, VmProcess, folder, until, whimbrel};
+use crate::process::{Running, SMALL, VmProcess, folder, run, until, whimbrel};
 
 /// A folder in memory, where there is one.
 fn folder_in_memory() -> TempDir {
@@ -204,6 +204,41 @@ fn both_sides_that_live_can_be_kept_and_joined() {
     restore_and_verify(&SMALL, &back, what);
     expect_quits(broken.from, what);
     expect_quits(broken.to, what);
+}
+
+/// Who only keeps a guest keeps what has come of it when its source is gone.
+#[test]
+fn a_guest_that_was_to_be_kept_comes_back_too() {
+    let what = "kept, source killed";
+    let folder = folder_in_memory();
+    let file = |name: &str| text(&folder.path().join(name));
+    let (memory, store, at) = (file("memory"), file("store"), format!("unix:{}", file("socket")));
+    let receive = Running::start(&["receive", &at, "--store", &store]);
+    assert_eq!(receive.waits_at(), at);
+    let in_file = format!("--memory-path={memory}");
+    let mut from = VmProcess::source(&[&SMALL[..], &[in_file.as_str()]].concat());
+    from.switch_on(&["return-path", "postcopy-ram"]);
+    let slow = json!({ "max-bandwidth": SLOW, "max-postcopy-bandwidth": SLOW });
+    from.qmp.set_parameters(slow).expect("allowed");
+    from.qmp.migrate(&at).expect("it starts");
+    from.qmp.migrate_start_postcopy().expect("it is allowed");
+    from.reaches("postcopy-active", what);
+    until("some of it comes", || {
+        let ram = from.qmp.query_migrate().expect("a report").info.ram;
+        ram.unwrap_or_default().remaining < 13 << 20
+    });
+    from.process.kill();
+    // It waits for its source, which could come back. A human knows better.
+    let mut kill = std::process::Command::new("kill");
+    kill.args(["-TERM", &receive.id().to_string()]);
+    assert!(run(kill).status.success(), "{what}");
+    let part = format!("{store}.part");
+    let told = format!("what has come is kept in {part}");
+    receive.ended(what).expect_line(what, &["the source has given its guest away", &told]);
+    assert!(!Path::new(&store).exists());
+    let whole = file("whole");
+    whimbrel(&["rescue", "join", &part, &memory, "-o", &whole]).expect_success(what);
+    restore_and_verify(&SMALL, &whole, what);
 }
 
 #[test]
