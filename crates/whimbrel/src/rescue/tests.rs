@@ -351,6 +351,48 @@ fn nothing_is_filled_that_does_not_fit_or_leaves_pages_out() {
     }
 }
 
+/// Whatever is damaged: it is one line, or a part that can be read.
+#[test]
+fn no_damage_does_any_harm() {
+    let Some(parts) = parts(Kind::Private) else { return };
+    let good = fs::read(parts.destination.path()).unwrap();
+    // Where there is more than pages: the beginning, and behind the pages of the last block.
+    let end = good.len() - 4000;
+    let damaged = parts.file("damaged");
+    let mut state = 5_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        usize::try_from(state % below as u64).unwrap()
+    };
+    let (mut refused, mut read) = (0, 0);
+    let mut pages = vec![0; PAGE * 1124];
+    for turn in 0..100 {
+        let mut bytes = good.clone();
+        for _ in 0..1 + random(3) {
+            let at = if turn % 2 == 0 { random(700) } else { end + random(4000) };
+            bytes[at] = u8::try_from(random(256)).unwrap();
+        }
+        if turn % 10 == 9 {
+            bytes.truncate(random(good.len()));
+        }
+        fs::write(&damaged, &bytes).unwrap();
+        let outcome = Part::open(&damaged).and_then(|part| {
+            (0..part.blocks().count())
+                .try_for_each(|block| part.read(block, 0..part.pages(block), &mut pages))
+        });
+        match outcome {
+            Ok(()) => read += 1,
+            Err(error) => {
+                refused += 1;
+                assert!(!error.to_string().contains('\n'), "{error}");
+            }
+        }
+    }
+    assert!(refused > 20 && read > 20, "{refused} refused, {read} read");
+}
+
 #[test]
 fn orders_are_for_who_attends() {
     let Some((_vm, absent)) = destination(Kind::Private) else { return };
