@@ -142,8 +142,14 @@ impl Vm {
         if scene.channels > 0 {
             parameters["multifd-channels"] = scene.channels.into();
         }
-        for (name, value) in abilities.parameters() {
-            parameters[name] = value.into();
+        if abilities.recovers {
+            // Longer than anything here lasts.
+            parameters["recover-time-limit"] = 60.into();
+            parameters["auto-recover"] = if scene.by_hand { "off" } else { "auto" }.into();
+        }
+        if abilities.notices_silence {
+            // Short, so that ten thousand runs end on the same day; longer than what only lasts a while.
+            parameters["silence-limit"] = 600.into();
         }
         self.qmp.set_parameters(parameters)?;
         self.before = Some(Census::take(self.id())?);
@@ -317,18 +323,4 @@ pub(crate) struct Abilities {
     pub(crate) recovers: bool,
     /// A peer that is silent is noticed.
     pub(crate) notices_silence: bool,
-}
-
-impl Abilities {
-    /// Short times, so that ten thousand runs end on the same day.
-    fn parameters(self) -> Vec<(&'static str, u64)> {
-        let mut parameters = Vec::new();
-        if self.recovers {
-            parameters.push(("recover-time-limit", 3));
-        }
-        if self.notices_silence {
-            parameters.push(("silence-limit", 600));
-        }
-        parameters
-    }
 }

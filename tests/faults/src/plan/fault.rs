@@ -309,9 +309,9 @@ impl Action {
         }
     }
 
-    /// Whether it is the link that fails, and not a side.
+    /// Whether it is the link that fails, and not a side, and nobody asked for it.
     pub(crate) fn is_of_link(&self) -> bool {
-        !matches!(self, Action::Kill(_) | Action::Stop(..))
+        !matches!(self, Action::Kill(_) | Action::Stop(..) | Action::Pause(_))
     }
 
     fn draw(dice: &mut Dice, scene: &Scene) -> Action {

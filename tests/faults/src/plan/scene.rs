@@ -87,6 +87,8 @@ pub(crate) struct Scene {
     pub(crate) bandwidth: u64,
     /// Milliseconds.
     pub(crate) downtime_limit: u64,
+    /// What is lost in postcopy waits for somebody to resume it.
+    pub(crate) by_hand: bool,
 }
 
 impl Scene {
@@ -130,6 +132,7 @@ impl Scene {
                 false => dice.one_of(&[0, 32, 64, 128]) << 20,
             },
             downtime_limit: dice.one_of(&[5, 30, 300]),
+            by_hand: dice.one_in(8) && way.is_postcopy(),
         }
     }
 
@@ -175,7 +178,7 @@ impl fmt::Display for Scene {
         };
         write!(
             f,
-            ", {transport}{}{}{}, {} MiB, {}, fill {}, {} MiB/s, downtime {} ms",
+            ", {transport}{}{}{}, {} MiB, {}, fill {}, {} MiB/s, downtime {} ms{}",
             word(self.tls, ", tls"),
             word(self.huge, ", huge pages"),
             word(self.paused, ", paused on arrival"),
@@ -184,6 +187,7 @@ impl fmt::Display for Scene {
             self.fill,
             self.bandwidth >> 20,
             self.downtime_limit,
+            word(self.by_hand, ", recovered by hand"),
         )
     }
 }

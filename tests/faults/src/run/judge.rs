@@ -94,9 +94,9 @@ fn left(vm: &Vm) -> Result<Left> {
     Ok(match vm.seen.status.as_str() {
         _ if vm.is_gone() => Left::Gone,
         "completed" => Left::Completed,
-        "failed" | "cancelled" => Left::Ended,
-        "postcopy-paused" => Left::Paused,
-        "none" | "setup" if vm.side == Side::Destination => Left::Waits,
+        _ if super::ended(vm) => Left::Ended,
+        _ if super::is_paused(vm) => Left::Paused,
+        _ if super::waits(vm) => Left::Waits,
         status => bail!("the {} still is {status}", vm.side.name()),
     })
 }
@@ -177,6 +177,12 @@ fn guest(run: &mut Run<'_>, [source, destination]: [Left; 2]) -> Result<Outcome>
             stayed(run)
         }
         (Paused, Paused) => {
+            ensure!(
+                !run.abilities.recovers,
+                "not to be resumed: the source says {}, the destination {}",
+                said(run.source()),
+                said(run.destination())
+            );
             refuses_cont(run)?;
             has_half(run.destination())?;
             Ok(Outcome::Paused)
@@ -280,7 +286,7 @@ fn refuses_cont(run: &mut Run<'_>) -> Result<()> {
 /// The guest is at the destination, with every page as the source had it, and runs on.
 fn check_moved(run: &mut Run<'_>) -> Result<()> {
     let folder = run.folder;
-    let whole = run.source().seen.status != "postcopy-paused";
+    let whole = !super::is_paused(run.source());
     let paused = run.plan.scene.paused;
     let state = run.destination().seen.run_state.clone();
     // A guest that was stopped before is not run by anybody.

@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -50,7 +50,7 @@ pub(crate) struct Verdict {
     pub(crate) huge: bool,
     /// Kind of each fault, and the phase in which it happened, if it did.
     pub(crate) faults: Vec<(String, Option<Phase>)>,
-    /// The fault that decided it was one of the link, not of a process.
+    /// All that failed was the link, and it is to be recovered without a human.
     pub(crate) of_link: bool,
     pub(crate) outcome: Option<Outcome>,
     /// The link was lost when each side had a part of the guest.
@@ -72,7 +72,7 @@ pub(crate) fn run(setting: &Setting, plan: &Plan) -> Verdict {
         tls: plan.scene.tls,
         huge,
         faults: plan.faults.iter().map(|fault| (fault.action.kind().to_owned(), None)).collect(),
-        of_link: true,
+        of_link: !plan.scene.by_hand,
         outcome: None,
         paused: false,
         by_hand: false,
@@ -144,6 +144,8 @@ struct Run<'r> {
     /// When anything was last seen to change.
     changed: Instant,
     moved: u64,
+    /// The link does not fail any more.
+    healed: bool,
     /// The guest was told to go first.
     sent_first: bool,
     by_hand: bool,
@@ -179,6 +181,7 @@ impl<'r> Run<'r> {
             start: Instant::now(),
             changed: Instant::now(),
             moved: 0,
+            healed: false,
             sent_first: false,
             by_hand: false,
             story: String::new(),
@@ -205,11 +208,12 @@ impl<'r> Run<'r> {
         }
         // Whoever is stopped goes on, and finds the world as it is now.
         self.proxy.heal();
+        self.healed = true;
         self.note("the link is a good one now");
         if !self.settle(self.quiet())? {
             self.end_by_hand()?;
         }
-        if self.abilities.recovers && self.is_paused_on_both() {
+        if self.abilities.recovers && self.vms.iter().all(|vm| !vm.is_gone() && has_lost(vm)) {
             self.recover_by_hand()?;
         }
         judge::judge(self)
@@ -368,34 +372,20 @@ impl<'r> Run<'r> {
             return false;
         }
         let [source, destination] = &self.vms;
-        let ended = |vm: &Vm| {
-            vm.is_gone() || ["completed", "failed", "cancelled"].contains(&vm.seen.status.as_str())
-        };
-        let paused = |vm: &Vm| vm.seen.status == "postcopy-paused";
-        // Nobody came, and nobody will.
-        let waits = ["none", "setup"].contains(&destination.seen.status.as_str());
-        let [source_ended, destination_ended] = [ended(source), ended(destination)];
-        if source_ended && (destination_ended || waits) {
+        let over = |vm: &Vm| vm.is_gone() || ended(vm);
+        if over(source) && (over(destination) || waits(destination)) {
             return true;
         }
         // What recovers is not at rest while the other side is there and may yet come.
         let stays = !self.abilities.recovers || source.is_gone() || destination.is_gone();
-        let rests = |vm: &Vm| ended(vm) || paused(vm);
+        let rests = |vm: &Vm| over(vm) || is_paused(vm);
         stays && rests(source) && rests(destination) && !self.proxy.is_busy()
-    }
-
-    fn is_paused_on_both(&self) -> bool {
-        self.vms.iter().all(|vm| !vm.is_gone() && vm.seen.status == "postcopy-paused")
     }
 
     /// What an operator does with a migration that does not go on: ends it where that can be, and
     /// has it pause where it cannot.
     fn end_by_hand(&mut self) -> Result<()> {
-        if self.is_paused_on_both() {
-            return Ok(()); // It is for whoever recovers it.
-        }
         self.note("nothing goes on");
-        self.by_hand = true;
         for side in Side::BOTH {
             let vm = &mut self.vms[side as usize];
             if vm.is_gone() || self.proxy.has_stopped(side) {
@@ -406,10 +396,12 @@ impl<'r> Run<'r> {
                     "migrate_cancel"
                 }
                 (_, "postcopy-active") => "migrate-pause",
-                (_, "postcopy-device" | "postcopy-recover" | "postcopy-recover-setup")
-                | (Side::Destination, "setup" | "active") => "yank",
+                (_, "postcopy-device") | (Side::Destination, "active") => "yank",
+                // Over a link that does not let them they try in vain, and are right to.
+                (_, "postcopy-recover" | "postcopy-recover-setup") if self.healed => "yank",
                 _ => continue,
             };
+            self.by_hand = true;
             let arguments = match command {
                 "yank" => json!({ "instances": [{ "type": "migration" }] }),
                 _ => json!({}),
@@ -417,13 +409,11 @@ impl<'r> Run<'r> {
             let answer = vm.execute(command, arguments);
             self.note(&format!("{command} at the {}: {answer:?}", side.name()));
         }
-        if !self.settle(self.quiet())? && !self.someone_is_stopped() && !self.is_paused_on_both() {
-            let [source, destination] = &self.vms;
-            bail!(
-                "it does not end when it is told to: source {}, destination {}",
-                source.seen.status,
-                destination.seen.status
-            );
+        if !self.settle(self.quiet())? && !self.someone_is_stopped() {
+            let hangs = |vm: &&Vm| !vm.is_gone() && !ended(vm) && !has_lost(vm) && !waits(vm);
+            if let Some(vm) = self.vms.iter().find(hangs) {
+                bail!("the {} does not end when it is told to: {}", vm.side.name(), vm.seen.status);
+            }
         }
         Ok(())
     }
@@ -432,20 +422,23 @@ impl<'r> Run<'r> {
         Side::BOTH.into_iter().any(|side| self.proxy.has_stopped(side))
     }
 
-    /// `migrate-recover` and `migrate` with `resume`, over a good link.
+    /// `migrate-recover` and `migrate` with `resume`, over a good link. What is refused because it is
+    /// under way already is as good; what is not shows in what comes of it.
     fn recover_by_hand(&mut self) -> Result<()> {
         self.by_hand = true;
+        self.note("recovering by hand");
         let place = match self.plan.scene.transport {
             Transport::Tcp => Place::Tcp(0),
             Transport::Unix => Place::Unix(self.folder.join("again")),
         };
-        let upstream = self.destination().listen("migrate-recover", &place)?;
-        self.proxy.lead_to(upstream);
-        let to = self.proxy.place().to_string();
-        self.note("recovering by hand");
-        self.source()
-            .execute("migrate", json!({ "uri": to, "resume": true }))
-            .context("resuming by hand")?;
+        match self.destination().listen("migrate-recover", &place) {
+            Ok(upstream) => self.proxy.lead_to(upstream),
+            Err(error) => self.note(&format!("migrate-recover: {error:#}")),
+        }
+        let resume = json!({ "uri": self.proxy.place().to_string(), "resume": true });
+        if let Err(error) = self.source().execute("migrate", resume) {
+            self.note(&format!("migrate with resume: {error:#}"));
+        }
         self.settle(self.quiet())?;
         Ok(())
     }
@@ -463,4 +456,25 @@ impl<'r> Run<'r> {
             let _ = write!(self.story, "\n{} (process {id}): {report}\n{stacks}", side.name());
         }
     }
+}
+
+/// The migration is over at this side.
+fn ended(vm: &Vm) -> bool {
+    ["completed", "failed", "cancelled"].contains(&vm.seen.status.as_str())
+}
+
+/// It waits for the other side, with half a guest.
+fn is_paused(vm: &Vm) -> bool {
+    vm.seen.status == "postcopy-paused"
+}
+
+/// The same, or it tries to reach the other side.
+fn has_lost(vm: &Vm) -> bool {
+    is_paused(vm)
+        || ["postcopy-recover-setup", "postcopy-recover"].contains(&vm.seen.status.as_str())
+}
+
+/// It waits for a source that never came.
+fn waits(vm: &Vm) -> bool {
+    vm.side == Side::Destination && ["none", "setup"].contains(&vm.seen.status.as_str())
 }
