@@ -14,6 +14,10 @@ const LOWER: u32 = 0xffff;
 /// on in postcopy.
 pub(crate) const PING_PARKED: u32 = 0x5041_524b;
 
+/// The PONG by which a whimbrel says, unasked, that a package has come as a whole: from then on its
+/// guest can be lost no more, whatever becomes of the link.
+pub(crate) const PONG_PACKAGE: u32 = 0x5041_434b;
+
 /// What a whimbrel can do beyond QEMU's protocol.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Features(u16);
@@ -30,12 +34,17 @@ impl Features {
     /// Each multifd packet is packed by whatever method it names.
     pub(crate) const ANY_METHOD: Features = Features(8);
 
+    /// A postcopy whose link broke goes on by itself: the source has said what makes the migration
+    /// itself, and says something on the main channel as often as it promised.
+    pub(crate) const RECOVERS: Features = Features(16);
+
     /// What this version can do.
     pub(crate) const ALL: Features = Features(
         Features::SMALL_PIECES.0
             | Features::RUN_APART.0
             | Features::MULTIFD_GOES_ON.0
-            | Features::ANY_METHOD.0,
+            | Features::ANY_METHOD.0
+            | Features::RECOVERS.0,
     );
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE};
+use whimbrel_wire::recovery::Identity;
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
     MainOptions, RamDiscard, RamRecord, ReturnMessage, xbzrle,
@@ -16,7 +17,7 @@ use super::input::Input;
 use super::multifd::{PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
-use crate::channel::{Arrivals, Channel};
+use crate::channel::{Arrivals, Channel, Listener};
 use crate::error::Error;
 use crate::hello::{Features, PING_PARKED};
 use crate::kept::Changes;
@@ -108,6 +109,8 @@ pub(crate) struct Incoming {
     /// A postcopy of RAM may follow.
     advised: bool,
     agreed: Features,
+    /// What makes the migration itself, where it comes from a whimbrel.
+    identity: Option<Identity>,
     setup: Option<Setup>,
 }
 
@@ -140,6 +143,7 @@ impl Incoming {
             placed: Arc::default(),
             advised: false,
             agreed: Features::default(),
+            identity: None,
             setup: None,
         }
     }
@@ -193,7 +197,7 @@ impl Incoming {
         &mut self,
         package: u32,
         host: &mut dyn Host,
-        terms: &Terms<'_>,
+        (listener, terms): (Arc<Listener>, &Terms<'_>),
     ) -> Result<(), Failed> {
         let refused = |text: &str| Failed::Before(Error::Refused(format!("main channel: {text}")));
         if !host.takes_postcopy() {
@@ -228,6 +232,8 @@ impl Incoming {
             early: self.sections.take(),
             len: package,
             channels,
+            identity: self.identity,
+            listener,
         };
         postcopy::run(begun, host, terms)
     }
@@ -394,6 +400,10 @@ impl Incoming {
                 Ok(())
             }
             Command::RamDiscard(discard) => self.discard(&discard),
+            Command::Identity(identity) if self.agreed.has(Features::RECOVERS) => {
+                self.identity = Some(identity);
+                Ok(())
+            }
             Command::SwitchoverStart => Ok(()),
             other => Err(unsupported(other.name())),
         }
