@@ -116,8 +116,7 @@ fn a_source_that_is_not_even_accepted_is_free_at_once() {
 fn a_destination_that_hears_no_more_is_free_at_once() {
     /// What is sent before the source falls silent, and how the destination stands then.
     type Silence = (&'static str, fn(&mut FarSource), MigrationStatus);
-    let silences: [Silence; 4] = [
-        ("nothing", |_| {}, MigrationStatus::Active),
+    let silences: [Silence; 3] = [
         ("half a header", |s| s.words.extend(b"QEV"), MigrationStatus::Active),
         ("half a page", |s| half_a_page(s), MigrationStatus::Active),
         ("half a device", |s| half_a_device(s), MigrationStatus::Active),
@@ -168,6 +167,13 @@ fn a_destination_that_nobody_comes_to_is_free_at_once() {
             assert_eq!(status, MigrationStatus::Failed, "{address}: {error}");
             assert!(error.contains("shut down on request (yank)"), "{address}: {error}");
         }
+        // Or somebody does, and says nothing.
+        let destination = Side::waiting(&config(), true);
+        let _silent = FarSource::connect(&destination.listen("tcp:127.0.0.1:0"), &config());
+        std::thread::sleep(Duration::from_millis(20));
+        let (status, error) = yank(&destination, "silent");
+        assert_eq!(status, MigrationStatus::Failed, "silent: {error}");
+        assert!(error.contains("shut down on request (yank)"), "silent: {error}");
     }
     alone.expect_nothing_left("yanked listeners");
 }
