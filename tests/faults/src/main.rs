@@ -159,6 +159,7 @@ impl Arguments {
             );
         } else if self.only.is_some() {
             let outcome = verdict.outcome.map_or("?", |outcome| outcome.name());
+            println!("{}", verdict.story);
             println!("{outcome}, {} ms, {:?}", verdict.millis, verdict.faults);
         } else if (plan.index + 1).is_multiple_of(100) {
             println!("run {} is over", plan.index + 1);

@@ -80,13 +80,16 @@ impl Summary {
             self.verdicts.iter().filter(|verdict| verdict.paused && verdict.of_link).collect();
         let of =
             |outcome| lost_link.iter().filter(|verdict| verdict.outcome == Some(outcome)).count();
-        let (recovered, resumed) = (of(Outcome::Recovered), of(Outcome::Resumed));
+        let recovered = of(Outcome::Recovered);
         let _ = writeln!(
             text,
-            "In {} runs the link, and no process, failed in postcopy: {recovered} of them recovered by \
-             themselves{}, {resumed} were resumed by hand, {} stayed paused.",
+            "In {} runs the link alone failed in postcopy, to be recovered by itself: {recovered} did{}, \
+             in {} the destination had everything and the source was not told, {} were resumed by \
+             hand, {} stayed paused.",
             lost_link.len(),
             share(recovered, lost_link.len()),
+            of(Outcome::MovedUntold),
+            of(Outcome::Resumed),
             of(Outcome::Paused),
         );
         let hand = self.verdicts.iter().filter(|verdict| verdict.by_hand).count();
@@ -171,6 +174,7 @@ mod tests {
             by_hand: false,
             millis: 100,
             failure: None,
+            story: String::new(),
         }
     }
 
@@ -190,8 +194,9 @@ mod tests {
         let text = summary.text();
         for line in [
             "4 runs, 4 faults drawn, 3 of them happened; 1 runs failed.",
-            "In 1 runs the link, and no process, failed in postcopy: 1 of them recovered by \
-             themselves (100.00 %), 0 were resumed by hand, 0 stayed paused.",
+            "In 1 runs the link alone failed in postcopy, to be recovered by itself: 1 did (100.00 %), \
+             in 0 the destination had everything and the source was not told, 0 were resumed by \
+             hand, 0 stayed paused.",
             "| mode | all | moved | recovered | stayed | failed |",
             "| precopy | 2 | 1 | | 1 | |",
             "| preempt | 2 | | 1 | | 1 |",

@@ -23,10 +23,11 @@ use watch::Watch;
 
 /// Nothing has changed for so long: nothing is going to, by itself.
 const QUIET: Duration = Duration::from_millis(1500);
-/// The same where both sides try to recover: as long as the longest wait between two tries.
-const QUIET_RECOVERING: Duration = Duration::from_millis(2500);
 /// No part of a run takes so long on the slowest machine, unless it hangs.
 const HANGS: Duration = Duration::from_secs(30);
+
+/// States between which a side goes to and fro that tries to reach the other one.
+const TRIES: [&str; 3] = ["postcopy-paused", "postcopy-recover-setup", "postcopy-recover"];
 
 /// What all runs have in common.
 #[derive(Clone, Debug)]
@@ -59,6 +60,9 @@ pub(crate) struct Verdict {
     pub(crate) by_hand: bool,
     pub(crate) millis: u64,
     pub(crate) failure: Option<String>,
+    /// What happened, in words.
+    #[serde(skip)]
+    pub(crate) story: String,
 }
 
 /// Does what the plan says. A failure is in the verdict, and what it was seen by stays.
@@ -78,6 +82,7 @@ pub(crate) fn run(setting: &Setting, plan: &Plan) -> Verdict {
         by_hand: false,
         millis: 0,
         failure: None,
+        story: String::new(),
     };
     let folder = match tempfile::Builder::new().prefix("wf-").tempdir() {
         Ok(folder) => folder,
@@ -89,8 +94,9 @@ pub(crate) fn run(setting: &Setting, plan: &Plan) -> Verdict {
     let mut story = format!("{plan}\n\n");
     let result = Run::start(setting, plan, folder.path(), huge).and_then(|mut run| {
         let result = run.all();
-        verdict.paused = run.watch.has_told("postcopy-paused");
+        verdict.paused = run.watch.has_told(Side::Source, "postcopy-paused");
         verdict.by_hand = run.by_hand;
+        verdict.of_link &= !judge::changed_unnoticed(&run);
         for fired in &run.fired {
             verdict.faults[fired.fault].1 = Some(fired.phase);
             verdict.of_link &= plan.faults[fired.fault].action.is_of_link();
@@ -109,6 +115,7 @@ pub(crate) fn run(setting: &Setting, plan: &Plan) -> Verdict {
             keep(setting, plan, folder.path(), &story);
         }
     }
+    verdict.story = story;
     verdict.millis = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     verdict
 }
@@ -203,24 +210,20 @@ impl<'r> Run<'r> {
         if let Err(error) = self.source().execute("migrate", json!({ "uri": to })) {
             self.note(&format!("migrate: {error:#}"));
         }
-        if !self.settle(self.quiet())? {
+        if !self.settle()? {
             self.end_by_hand()?;
         }
         // Whoever is stopped goes on, and finds the world as it is now.
         self.proxy.heal();
         self.healed = true;
         self.note("the link is a good one now");
-        if !self.settle(self.quiet())? {
+        if !self.settle()? {
             self.end_by_hand()?;
         }
         if self.abilities.recovers && self.vms.iter().all(|vm| !vm.is_gone() && has_lost(vm)) {
             self.recover_by_hand()?;
         }
         judge::judge(self)
-    }
-
-    fn quiet(&self) -> Duration {
-        if self.abilities.recovers { QUIET_RECOVERING } else { QUIET }
     }
 
     fn note(&mut self, what: &str) {
@@ -257,7 +260,10 @@ impl<'r> Run<'r> {
                 self.watch.heard(side, heard);
             }
             if (&before.status, &before.run_state) != (&seen.status, &seen.run_state) {
-                self.changed = Instant::now();
+                // To try in vain again and again is no change.
+                if ![&before, &seen].into_iter().all(|seen| TRIES.contains(&seen.status.as_str())) {
+                    self.changed = Instant::now();
+                }
                 let why = seen.error.as_deref().unwrap_or("");
                 let line = format!("{}: {}, {} {why}", side.name(), seen.status, seen.run_state);
                 self.note(&line);
@@ -277,7 +283,9 @@ impl<'r> Run<'r> {
 
     /// A state that may have been over before anybody could ask for it.
     fn told(&mut self, side: Side, status: &str) {
-        self.changed = Instant::now();
+        if !TRIES.contains(&status) {
+            self.changed = Instant::now();
+        }
         if side == Side::Source {
             self.proxy.set_phase(Phase::of_status(status));
         }
@@ -349,7 +357,7 @@ impl<'r> Run<'r> {
     }
 
     /// Waits until nothing moves any more; says whether both sides have come to rest.
-    fn settle(&mut self, quiet: Duration) -> Result<bool> {
+    fn settle(&mut self) -> Result<bool> {
         let until = Instant::now() + HANGS;
         self.changed = Instant::now();
         loop {
@@ -357,7 +365,7 @@ impl<'r> Run<'r> {
             if self.is_at_rest() {
                 return Ok(true);
             }
-            if self.changed.elapsed() > quiet {
+            if self.changed.elapsed() > QUIET {
                 return Ok(false);
             }
             if Instant::now() > until {
@@ -377,7 +385,7 @@ impl<'r> Run<'r> {
             return true;
         }
         // What recovers is not at rest while the other side is there and may yet come.
-        let stays = !self.abilities.recovers || source.is_gone() || destination.is_gone();
+        let stays = !self.abilities.recovers || over(source) || destination.is_gone();
         let rests = |vm: &Vm| over(vm) || is_paused(vm);
         stays && rests(source) && rests(destination) && !self.proxy.is_busy()
     }
@@ -386,6 +394,8 @@ impl<'r> Run<'r> {
     /// has it pause where it cannot.
     fn end_by_hand(&mut self) -> Result<()> {
         self.note("nothing goes on");
+        let mut ended_any = false;
+        let waited_for = self.vms.iter().all(|vm| !vm.is_gone() && !ended(vm));
         for side in Side::BOTH {
             let vm = &mut self.vms[side as usize];
             if vm.is_gone() || self.proxy.has_stopped(side) {
@@ -398,10 +408,12 @@ impl<'r> Run<'r> {
                 (_, "postcopy-active") => "migrate-pause",
                 (_, "postcopy-device") | (Side::Destination, "active") => "yank",
                 // Over a link that does not let them they try in vain, and are right to.
-                (_, "postcopy-recover" | "postcopy-recover-setup") if self.healed => "yank",
+                (_, "postcopy-recover" | "postcopy-recover-setup") if self.healed && waited_for => {
+                    "yank"
+                }
                 _ => continue,
             };
-            self.by_hand = true;
+            (self.by_hand, ended_any) = (true, true);
             let arguments = match command {
                 "yank" => json!({ "instances": [{ "type": "migration" }] }),
                 _ => json!({}),
@@ -409,7 +421,7 @@ impl<'r> Run<'r> {
             let answer = vm.execute(command, arguments);
             self.note(&format!("{command} at the {}: {answer:?}", side.name()));
         }
-        if !self.settle(self.quiet())? && !self.someone_is_stopped() {
+        if ended_any && !self.settle()? && !self.someone_is_stopped() {
             let hangs = |vm: &&Vm| !vm.is_gone() && !ended(vm) && !has_lost(vm) && !waits(vm);
             if let Some(vm) = self.vms.iter().find(hangs) {
                 bail!("the {} does not end when it is told to: {}", vm.side.name(), vm.seen.status);
@@ -439,7 +451,7 @@ impl<'r> Run<'r> {
         if let Err(error) = self.source().execute("migrate", resume) {
             self.note(&format!("migrate with resume: {error:#}"));
         }
-        self.settle(self.quiet())?;
+        self.settle()?;
         Ok(())
     }
 
@@ -470,8 +482,7 @@ fn is_paused(vm: &Vm) -> bool {
 
 /// The same, or it tries to reach the other side.
 fn has_lost(vm: &Vm) -> bool {
-    is_paused(vm)
-        || ["postcopy-recover-setup", "postcopy-recover"].contains(&vm.seen.status.as_str())
+    TRIES.contains(&vm.seen.status.as_str())
 }
 
 /// It waits for a source that never came.

@@ -14,7 +14,7 @@ pub(super) struct Watch {
     /// Of each side: when its guest began to run or to stand still, by its own clock, which is the
     /// other's, too.
     runs: [Vec<(u64, bool)>; 2],
-    statuses: BTreeSet<String>,
+    statuses: [BTreeSet<String>; 2],
     gone: [bool; 2],
     armed: Vec<(usize, Instant)>,
 }
@@ -25,7 +25,7 @@ impl Watch {
             What::Stop => self.runs[side as usize].push((heard.micros, false)),
             What::Resume => self.runs[side as usize].push((heard.micros, true)),
             What::Migration(status) => {
-                self.statuses.insert(status);
+                self.statuses[side as usize].insert(status);
             }
         }
     }
@@ -35,9 +35,9 @@ impl Watch {
         self.gone[side as usize] = true;
     }
 
-    /// Whether any side has told of this state.
-    pub(super) fn has_told(&self, status: &str) -> bool {
-        self.statuses.contains(status)
+    /// Whether a side has told of this state.
+    pub(super) fn has_told(&self, side: Side, status: &str) -> bool {
+        self.statuses[side as usize].contains(status)
     }
 
     /// A fault is due then.
