@@ -59,6 +59,17 @@ pub enum RamRecord {
     MultifdFlush,
 }
 
+impl RamRecord {
+    /// Whether it is the content of a page, or of a part of one.
+    #[must_use]
+    pub const fn is_page(&self) -> bool {
+        match self {
+            Self::PageFollows { .. } | Self::Zero { .. } | Self::XbzrleFollows { .. } => true,
+            Self::EndOfSection | Self::MultifdFlush => false,
+        }
+    }
+}
+
 /// Which records are legal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RecordFormat {

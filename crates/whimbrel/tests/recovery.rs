@@ -155,3 +155,106 @@ fn broken_again_and_again_it_goes_on_by_itself() {
         alone.expect_nothing_left(&what);
     }
 }
+
+/// Everything is at the destination, and the source does not know.
+#[test]
+fn a_last_word_that_was_lost_is_said_again() {
+    let alone = Alone::begin();
+    for set in all() {
+        let what = format!("{set:?}");
+        let (source, destination) = pair(set);
+        let relay = begin(&source, &destination);
+        relay.lose_last_word();
+        let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
+        source.migrator.update_parameters(fast).expect("allowed");
+        expect_completed(&source, &destination, &what);
+        assert!(!relay.has_to_lose(), "{what}: it was lost");
+        drop((source, destination, relay));
+        alone.expect_nothing_left(&what);
+    }
+}
+
+/// Somebody else comes in the place of the source, or as it, and gets nothing.
+#[test]
+fn strangers_get_nothing_and_leave_the_paused_migration_as_it_is() {
+    use std::io::{Read, Write};
+    let alone = Alone::begin();
+    let set = Set { preempt: true, channels: 0, auto_recover: AutoRecover::Auto };
+    let (source, destination) = pair(set);
+    let relay = begin(&source, &destination);
+    relay.close(true);
+    relay.cut();
+    wait_for(&destination, MigrationStatus::PostcopyPaused);
+    let Address::Tcp { host, port } = destination.address() else { panic!("tcp:") };
+    let recv_bitmap = [8, 0, 10, 0, 3, 2, b'v', b'm'];
+    let mut forged = Vec::new();
+    let hello = whimbrel_wire::recovery::Hello {
+        kind: whimbrel_wire::recovery::HelloKind::Main,
+        id: [7; 16],
+        attempt: 1,
+        nonce: [1; 16],
+        proof: [2; 32],
+    };
+    hello.encode(&mut forged);
+    for words in [&recv_bitmap[..], b"QEVM", b"GET / HTTP/1.1\r\n\r\n", &forged, &[0; 64]] {
+        let mut stranger = std::net::TcpStream::connect((&*host, port)).expect("it listens");
+        stranger.write_all(words).expect("it takes it");
+        stranger.set_read_timeout(Some(vms::LIMIT)).expect("an option");
+        let mut answer = [0; 1];
+        let said = stranger.read(&mut answer);
+        assert!(!matches!(said, Ok(1..)), "{words:02x?} is answered");
+        assert_eq!(destination.status(), Some(MigrationStatus::PostcopyPaused));
+        destination.expect_reason(&["only its own source may come back"], "a stranger");
+    }
+    relay.close(false);
+    let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
+    source.migrator.update_parameters(fast).expect("allowed");
+    expect_completed(&source, &destination, "after strangers");
+    drop((source, destination, relay));
+    alone.expect_nothing_left("after strangers");
+}
+
+/// What has no meaning is refused in one line, and changes nothing.
+#[test]
+fn what_is_not_paused_cannot_be_told_to_go_on() {
+    let alone = Alone::begin();
+    let set = Set { preempt: true, channels: 0, auto_recover: AutoRecover::Off };
+    let (source, destination) = pair(set);
+    let nowhere: Address = "tcp:127.0.0.1:1".parse().expect("an address");
+    let refused = |side: &Side| {
+        let resume = side.migrator.resume(nowhere.clone()).expect_err("nothing is paused");
+        assert!(resume.to_string().contains("no paused migration"), "{resume}");
+        let recover = side.migrator.recover(&nowhere).expect_err("nothing is paused");
+        assert!(recover.to_string().contains("when postcopy is paused"), "{recover}");
+        assert!(!format!("{resume}{recover}").contains('\n'));
+    };
+    refused(&source);
+    refused(&destination);
+    let relay = begin(&source, &destination);
+    refused(&source);
+    refused(&destination);
+    relay.cut();
+    wait_for(&source, MigrationStatus::PostcopyPaused);
+    wait_for(&destination, MigrationStatus::PostcopyPaused);
+    source.migrator.recover(&nowhere).expect_err("it is the source");
+    destination.migrator.resume(nowhere.clone()).expect_err("it is the destination");
+    // Nobody is there: it says so, and can be told again.
+    source.migrator.resume(nowhere.clone()).expect("it is paused");
+    let start = std::time::Instant::now();
+    while !source.migrator.info().error_desc.is_some_and(|why| why.contains("nobody listens")) {
+        assert!(start.elapsed() < vms::LIMIT, "{:?}", source.migrator.info().error_desc);
+        sleep(Duration::from_millis(1));
+    }
+    wait_for(&source, MigrationStatus::PostcopyPaused);
+    destination
+        .migrator
+        .recover(&"tcp:192.0.2.1:1".parse().expect("an address"))
+        .expect_err("not ours");
+    let address = listen_anew(&destination);
+    source.migrator.resume(address).expect("it is paused");
+    let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
+    source.migrator.update_parameters(fast).expect("allowed");
+    expect_completed(&source, &destination, "told again");
+    drop((source, destination, relay));
+    alone.expect_nothing_left("told again");
+}

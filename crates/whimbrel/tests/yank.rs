@@ -16,7 +16,9 @@ use far_source::FarSource;
 use pki::{Authority, Who};
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType};
 use vms::{Alone, Side, expect_movable, until};
-use whimbrel::{Address, Capability, MigrationStatus, RunState, TlsCredentials, TlsEndpoint};
+use whimbrel::{
+    Address, AutoRecover, Capability, MigrationStatus, RunState, TlsCredentials, TlsEndpoint,
+};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
 /// What "at once" is, on a machine that is busy with other tests.
@@ -281,7 +283,12 @@ fn in_postcopy_it_pauses_on_both_sides_as_if_the_link_had_broken() {
         wanted.extend(preempt.then_some(Capability::PostcopyPreempt));
         source.switch_on(&wanted);
         destination.switch_on(&wanted);
-        source.migrator.update_parameters(|p| p.max_postcopy_bandwidth = 1).expect("allowed");
+        for side in [&source, &destination] {
+            let change = |p: &mut whimbrel::Parameters| {
+                (p.max_postcopy_bandwidth, p.auto_recover) = (1, AutoRecover::Off);
+            };
+            side.migrator.update_parameters(change).expect("allowed");
+        }
         source.migrator.migrate(destination.listen("tcp:127.0.0.1:0")).expect("it starts");
         source.migrator.start_postcopy().expect("allowed");
         let both_active = || {

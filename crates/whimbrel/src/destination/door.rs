@@ -109,6 +109,11 @@ impl<'a> Door<'a> {
         })
     }
 
+    /// Where it listened last.
+    pub(super) fn into_listener(self) -> Option<Arc<Listener>> {
+        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).listener
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         // Whole values are stored under it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE};
-use whimbrel_wire::recovery::Identity;
+use whimbrel_wire::recovery::{FAREWELL, Identity};
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
     MainOptions, RamDiscard, RamRecord, ReturnMessage, xbzrle,
 };
 
 use super::ahead::Ahead;
+use super::farewell;
 use super::held::HeldSections;
 use super::input::Input;
 use super::multifd::{PacketInput, Receivers, Target};
@@ -192,13 +193,13 @@ impl Incoming {
     }
 
     /// Takes the guest in whose package is next, has the host run it, and takes in the rest of its
-    /// RAM.
+    /// RAM. Gives where the source would come back to, should it not hear of that.
     pub(crate) fn receive_rest(
         &mut self,
         package: u32,
         host: &mut dyn Host,
         (listener, terms): (Arc<Listener>, &Terms<'_>),
-    ) -> Result<(), Failed> {
+    ) -> Result<Option<Arc<Listener>>, Failed> {
         let refused = |text: &str| Failed::Before(Error::Refused(format!("main channel: {text}")));
         if !host.takes_postcopy() {
             return Err(refused(
@@ -458,26 +459,63 @@ impl Incoming {
 
     /// The guest has all it needs and is on its way: says so, and ends the connection.
     pub(crate) fn finish(mut self) -> Result<(), Error> {
-        let told = match self.return_path {
+        let told = self.last_word_of_all();
+        self.read_to_the_end(told.is_ok())?;
+        told.and(self.input.into_channel().finish())
+    }
+
+    /// The same of a connection that may be followed by another one; says whether the source says
+    /// that it has heard it.
+    pub(super) fn say_farewell(&mut self) -> bool {
+        let told = self.last_word_of_all();
+        let last = self.read_to_the_end(told.is_ok()).unwrap_or_default();
+        self.input.channel().hang_up();
+        told.is_ok() && farewell::is_farewell(&last)
+    }
+
+    fn last_word_of_all(&mut self) -> Result<(), Error> {
+        match self.return_path {
             true => self.last_word(&ReturnMessage::Shut(0)),
             false => Ok(()),
-        };
-        let mut channel = self.input.into_channel();
-        // What is still coming (the description of our own machines) only explains; but closed
-        // before the source has, the connection could lose the answer. So also when there is no time
-        // to lose: whoever is told of the guest's arrival may move it on at once.
+        }
+    }
+
+    /// What is still coming (the description of our own machines) only explains; but closed before
+    /// the source has, the connection could lose the answer. So also when there is no time to lose:
+    /// whoever is told of the guest's arrival may move it on at once. Gives the last bytes.
+    fn read_to_the_end(&mut self, told: bool) -> Result<Vec<u8>, Error> {
         let (mut rest, mut deadline) = ([0; 4096], Instant::now() + GOODBYE);
+        let mut last = Vec::new();
+        let channel = self.input.channel();
         while Instant::now() < deadline {
             match channel.receive_until(&mut rest, deadline) {
-                Ok(Some(1..)) => {}
-                Err(Error::Cancelled) if told.is_ok() => {
+                Ok(Some(bytes @ 1..)) => {
+                    last.extend_from_slice(&rest[..bytes]);
+                    last.drain(..last.len().saturating_sub(FAREWELL.len()));
+                }
+                Err(Error::Cancelled) if told => {
                     channel.heed(Cancel::new().map_err(Error::system("making an eventfd"))?);
                     deadline = deadline.min(Instant::now() + HURRIED_GOODBYE);
                 }
                 _ => break,
             }
         }
-        told.and(channel.finish())
+        Ok(last)
+    }
+
+    /// What makes the migration itself, where it comes from a whimbrel.
+    pub(super) fn identity(&self) -> Option<Identity> {
+        self.identity
+    }
+
+    /// The RAM that comes.
+    pub(super) fn ram(&self) -> Option<&GuestRam> {
+        self.setup.as_ref().map(|setup| &setup.ram)
+    }
+
+    /// The main channel.
+    pub(super) fn input(&mut self) -> &mut Input {
+        &mut self.input
     }
 
     /// The migration failed here: tells the source, as far as it listens.

@@ -108,7 +108,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
             return Err(error);
         }
     };
-    match arrived {
+    let listener = match arrived {
         Arrived::Whole => {
             drop(listener); // The address is free again.
             // The source has given up the right to run the guest: its stream says so.
@@ -119,6 +119,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
                     return Err(error);
                 }
             }
+            None
         }
         Arrived::GuestFirst(package) => {
             let terms = Terms {
@@ -132,7 +133,10 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
             };
             job.set_status(MigrationStatus::PostcopyDevice);
             match incoming.receive_rest(package, &mut waiting, (listener, &terms)) {
-                Ok(()) => job.set_status(MigrationStatus::Completed),
+                Ok(listener) => {
+                    job.set_status(MigrationStatus::Completed);
+                    listener
+                }
                 Err(Failed::Before(error)) => {
                     incoming.fail();
                     return Err(error);
@@ -144,9 +148,9 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
                 }
             }
         }
-    }
+    };
     // The guest is here and runs: a source that has gone cannot change that.
-    let _ = incoming.finish();
+    let _ = incoming.see_off(listener, &job.links, &|| job.router.parameters());
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 //! takes them in, [`rest`] what comes on multifd channels, [`restore`] makes huge pages of small
 //! ones; [`assembly`] and [`arriving`] are the road of a page then. One set of connections is a
 //! [`session`]; when it breaks, [`door`] lets the source in again and [`recover`] tells it what is
-//! here. What keeps a VM instead of running it is in [`crate::kept`].
+//! here; [`farewell`] is how it ends. What keeps a VM instead of running it is in [`crate::kept`].
 
 mod ahead;
 mod arriving;
@@ -15,6 +15,7 @@ mod assembly;
 mod blocktime;
 mod buffer;
 mod door;
+mod farewell;
 mod fault;
 mod held;
 pub(crate) mod incoming;

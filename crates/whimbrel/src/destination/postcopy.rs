@@ -181,8 +181,13 @@ impl Shared {
     }
 }
 
-/// Takes the guest in, and then its RAM. Returns when all of it is there.
-pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> Result<(), Failed> {
+/// Takes the guest in, and then its RAM. Returns when all of it is there; gives where the source would
+/// come back to.
+pub(super) fn run(
+    begun: Begun<'_>,
+    host: &mut dyn Host,
+    terms: &Terms<'_>,
+) -> Result<Option<Arc<Listener>>, Failed> {
     let before = |error| Failed::Before(error);
     let package = read_package(begun.input, begun.len).map_err(before)?;
     let split = match begun.agreed.has(Features::SMALL_PIECES) {
@@ -199,7 +204,11 @@ pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> R
     let shared = Shared::new().map_err(before)?;
     let result = receive(begun, package, &absent, &asked, host, terms, &shared);
     let ran = shared.fate.load(Ordering::SeqCst) == RAN;
-    match shared.take_fatal().or(result.err()) {
+    let (listener, error) = match result {
+        Ok(listener) => (listener, None),
+        Err(error) => (None, Some(error)),
+    };
+    match shared.take_fatal().or(error) {
         Some(reason) if !ran => Err(Failed::Before(reason)),
         Some(reason) if absent.received().missing() > 0 => {
             Err(Failed::After(reason, Box::new(absent)))
@@ -209,7 +218,7 @@ pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> R
             if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
                 terms.report.set_error(error.to_string());
             }
-            Ok(())
+            Ok(listener)
         }
     }
 }
@@ -256,7 +265,7 @@ fn receive(
     host: &mut dyn Host,
     terms: &Terms<'_>,
     shared: &Shared,
-) -> Result<(), Error> {
+) -> Result<Option<Arc<Listener>>, Error> {
     let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
     let spawning = || Error::system("starting a thread");
     let Begun { input, announced, blocks, early, own_machine, agreed, channels, .. } = begun;
@@ -344,7 +353,7 @@ fn receive(
         shared.end.set();
         result
     });
-    result
+    result.map(|()| door.into_listener())
 }
 
 /// How long the source may say nothing.

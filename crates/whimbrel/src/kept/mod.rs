@@ -67,6 +67,9 @@ impl Default for Access {
     }
 }
 
+/// How many seconds a source that has not heard that everything is kept is waited for at most.
+const FAREWELL_MAX: u64 = 30;
+
 /// Takes one migration in and keeps it. Made first, so that the address is bound before the
 /// source is told to connect.
 #[derive(Debug)]
@@ -218,6 +221,7 @@ impl Receiver {
         let stop = arrivals.stop.clone();
         let mut incoming = Incoming::new(arrivals).with_progress(placed);
         let arrived = listener.greeting(multifd > 0, &stop, || incoming.receive(&mut keeper));
+        let mut back = None;
         let kept = arrived
             .and_then(|arrived| match arrived {
                 Arrived::Whole => Ok(()),
@@ -231,7 +235,8 @@ impl Receiver {
                         recover: None,
                         stands: &|status, reason| stands(&report, status, reason),
                     };
-                    take_rest(&mut incoming, &mut keeper, package, (listener, &terms))
+                    back = take_rest(&mut incoming, &mut keeper, package, (listener, &terms))?;
+                    Ok(())
                 }
             })
             .and_then(|()| keeper.keep());
@@ -239,8 +244,10 @@ impl Receiver {
             incoming.fail();
             return kept;
         };
-        // It is on the disk: a source that has gone cannot change that.
-        let _ = incoming.finish();
+        // It is on the disk: a source that has gone cannot change that, and is not waited for long.
+        let limit = parameters.recover_time_limit.clamp(1, FAREWELL_MAX);
+        let parameters = Parameters { recover_time_limit: limit, ..parameters };
+        let _ = incoming.see_off(back, &links, &|| parameters.clone());
         Ok(KeptSummary { faults: report.info().faults, ..summary })
     }
 }
@@ -258,10 +265,10 @@ fn take_rest(
     keeper: &mut keeper::Keeper,
     package: u32,
     terms: (Arc<Listener>, &Terms<'_>),
-) -> Result<(), Error> {
+) -> Result<Option<Arc<Listener>>, Error> {
     keeper.pause()?;
     match incoming.receive_rest(package, keeper, terms) {
-        Ok(()) => keeper.complete(),
+        Ok(listener) => keeper.complete().map(|()| listener),
         Err(Failed::Before(error)) => Err(error),
         Err(Failed::After(error, absent)) => {
             let received = absent.received();

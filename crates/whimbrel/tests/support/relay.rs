@@ -26,7 +26,12 @@ struct Shared {
     over: AtomicBool,
     /// Nobody gets through.
     closed: AtomicBool,
+    /// The link breaks under the destination's last word, once.
+    loses_last_word: AtomicBool,
 }
+
+/// The return path's SHUT 0.
+const LAST_WORD: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -48,6 +53,7 @@ impl Relay {
             threads: Mutex::default(),
             over: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            loses_last_word: AtomicBool::new(false),
         });
         let inner = shared.clone();
         let accepting = Builder::new().name("proxy".into()).spawn(move || {
@@ -73,6 +79,16 @@ impl Relay {
         }
     }
 
+    /// The destination's last word is lost, and every connection with it.
+    pub(crate) fn lose_last_word(&self) {
+        self.shared.loses_last_word.store(true, Ordering::SeqCst);
+    }
+
+    /// Whether the last word has still to be lost.
+    pub(crate) fn has_to_lose(&self) -> bool {
+        self.shared.loses_last_word.load(Ordering::SeqCst)
+    }
+
     /// Whether new connections are let through.
     pub(crate) fn close(&self, closed: bool) {
         self.shared.closed.store(closed, Ordering::SeqCst);
@@ -88,15 +104,21 @@ impl Shared {
         }
         let again = |stream: &TcpStream| stream.try_clone().expect("a descriptor");
         for (mut from, mut to) in [(again(&here), again(&there)), (there, here)] {
+            let shared = self.clone();
             let copy = move || {
                 let mut buffer = vec![0; 256 << 10];
                 while let Ok(bytes @ 1..) = from.read(&mut buffer) {
+                    if buffer[..bytes].ends_with(&LAST_WORD)
+                        && shared.loses_last_word.swap(false, Ordering::SeqCst)
+                    {
+                        break;
+                    }
                     if to.write_all(&buffer[..bytes]).is_err() {
                         break;
                     }
                 }
-                let _ = to.shutdown(Shutdown::Write);
-                let _ = from.shutdown(Shutdown::Read);
+                let _ = to.shutdown(Shutdown::Both);
+                let _ = from.shutdown(Shutdown::Both);
             };
             let thread = Builder::new().name("proxy".into()).spawn(copy).expect("a thread");
             lock(&self.threads).push(thread);
