@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with, sockopt,
@@ -76,9 +76,21 @@ impl Door {
 
     /// Refuses connections: whoever bound the address and does not listen does that.
     pub(super) fn shut(&mut self) -> io::Result<()> {
-        // The address is free only when the old socket is closed.
+        const FREE: Duration = Duration::from_secs(5);
+        // The address is free only when the old socket is closed, also in a process that another run
+        // starts just now: it has a copy until it runs its program.
         self.socket = socket_of(&self.place)?;
-        self.socket = bound(&self.place)?;
+        let until = Instant::now() + FREE;
+        self.socket = loop {
+            match bound(&self.place) {
+                Err(error)
+                    if error.kind() == io::ErrorKind::AddrInUse && Instant::now() < until =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other => break other?,
+            }
+        };
         Ok(())
     }
 

@@ -112,6 +112,11 @@ pub(super) fn judge(run: &mut Run<'_>) -> Result<Outcome> {
     };
     let guest_kib = run.plan.scene.memory >> 10;
     let over = |left| matches!(left, Left::Completed | Left::Ended);
+    if run.abilities.recovers && sides[1] == Left::Completed {
+        // A source that had not heard of it would be waited for.
+        let soon = json!({ "recover-time-limit": 1 });
+        run.destination().execute("migrate-set-parameters", soon)?;
+    }
     // Nothing is awaited from the link any more: who has ended has let go of it.
     for (side, left) in Side::BOTH.into_iter().zip(sides) {
         if over(left) {
