@@ -28,7 +28,7 @@ mod set {
 pub(crate) const SETTINGS: usize = 1;
 
 /// How long a destination to which nothing more comes may take to see that.
-const SEES_THE_END: Duration = Duration::from_millis(30);
+const SEES_THE_END: Duration = Duration::from_millis(15);
 
 /// The settings for one of [`crate::telling::migrations`].
 pub(crate) fn settings_for(name: &str) -> u8 {

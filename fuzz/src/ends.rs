@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
 /// How long the engine may take before it is taken to read no more.
-const PATIENCE: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_millis(10);
 
 /// How long what it has read last may take to have its effect.
 const MOMENT: Duration = Duration::from_micros(300);
@@ -83,6 +83,16 @@ impl End {
 
     pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+
+    /// Reads to the end, for `limit` at most; says whether that has come.
+    pub(crate) fn read_to_end(&mut self, limit: Duration) -> bool {
+        let start = Instant::now();
+        while !self.ended && start.elapsed() < limit {
+            self.wait(PollFlags::IN);
+            self.receive();
+        }
+        self.ended
     }
 
     fn wait(&self, what: PollFlags) {

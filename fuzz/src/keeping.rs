@@ -30,7 +30,7 @@ mod set {
 pub(crate) const SETTINGS: usize = 1;
 
 /// How long a keeper to which nothing more comes may take to see that.
-const SEES_THE_END: Duration = Duration::from_millis(50);
+const SEES_THE_END: Duration = Duration::from_millis(25);
 
 /// The settings for one of [`crate::telling::migrations`].
 pub(crate) fn settings_for(name: &str) -> u8 {

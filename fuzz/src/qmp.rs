@@ -21,7 +21,7 @@ use whimbrel_control::{
 
 use crate::asking::text;
 use crate::choices::Choices;
-use crate::ends::{End, within};
+use crate::ends::End;
 use crate::guest::{expect_one_line, scratch};
 
 /// How long a session may take that is not to end by itself: longer than any does.
@@ -182,11 +182,7 @@ pub fn qmp_server(data: &[u8]) {
     let few = said.len() / 64 + 1;
     said.chunks(piece.max(few)).for_each(|piece| end.send(piece));
     end.close();
-    let ended = within(LIMIT, || {
-        end.receive();
-        end.ended
-    });
-    assert!(ended, "a client that has gone is let go");
+    assert!(end.read_to_end(LIMIT), "a client that has gone is let go");
     for line in end.came.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
         let message: Value = serde_json::from_slice(line).expect("a message");
         let kinds = ["QMP", "return", "error", "event"];
