@@ -107,6 +107,7 @@ impl Restore {
             preempt: self.preempt,
             page_sizes: self.page_size.iter().map(sized).collect(),
             max_bandwidth: self.bandwidth,
+            ..ByPostcopy::default()
         }
     }
 }

@@ -189,6 +189,33 @@ impl PageMap {
         words(run.clone()).map(|word| self.add(block, word, mask(&run, word))).sum()
     }
 
+    /// No page of a run is to be sent any more.
+    ///
+    /// # Panics
+    /// When the run is not inside the block.
+    pub fn unmark_run(&self, block: BlockIndex, run: Range<u64>) {
+        assert!(run.end <= self.block(block).pages, "{run:?} is outside its block");
+        words(run.clone()).for_each(|word| {
+            self.take(block, word, mask(&run, word));
+        });
+    }
+
+    /// The destination has said which pages of a block it has (64 a word, the lowest in the lowest
+    /// bit): the others are to be sent, and only they. For a recovery, while nobody holds a claim on
+    /// a page of the block.
+    ///
+    /// # Panics
+    /// When there are fewer or more words than the block has.
+    pub fn mark_missing(&self, block: BlockIndex, received: &[u64]) {
+        let map = self.block(block);
+        assert_eq!(received.len(), map.to_send.len(), "a bit for each page");
+        for (word, received) in received.iter().enumerate() {
+            let missing = !received & map.valid(word);
+            self.take(block, word, !missing);
+            self.add(block, word, missing);
+        }
+    }
+
     /// What is not split in this block.
     pub fn unit(&self, block: BlockIndex) -> PageSize {
         let pages = usize::try_from(self.block(block).per_host).expect("a page fits in memory");

@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 
 use crate::cursor::{Cursor, Stop, bad};
+use crate::recovery::Identity;
 use crate::section::mark;
 use crate::{BlockOffset, ErrorKind, HEADER_MAX, Name};
 
@@ -34,6 +35,8 @@ pub enum Command {
     RecvBitmap(Name),
     /// The source has stopped the guest; the last data follows.
     SwitchoverStart,
+    /// What makes this migration itself, for a recovery. Between whimbrels only.
+    Identity(Identity),
 }
 
 /// What POSTCOPY_ADVISE says of the source's page sizes.
@@ -134,6 +137,7 @@ impl Command {
             Self::PostcopyResume => 9,
             Self::RecvBitmap(_) => 10,
             Self::SwitchoverStart => 11,
+            Self::Identity(_) => IDENTITY,
         }
     }
 
@@ -156,6 +160,7 @@ impl Command {
             }
             Self::RamDiscard(discard) => discard.encode(out),
             Self::RecvBitmap(block) => block.encode(out),
+            Self::Identity(identity) => identity.encode(out),
             Self::OpenReturnPath
             | Self::PostcopyAdvise(None)
             | Self::PostcopyListen
@@ -182,7 +187,8 @@ impl Command {
             3 if len != 0 && len != 16 => Some("16 or 0 bytes"),
             6 if len < RamDiscard::LEN_MIN => Some("20 bytes or more"),
             10 if len < 2 => Some("2 to 256 bytes"),
-            1..=11 => None,
+            IDENTITY if usize::from(len) != Identity::LEN => Some("52 bytes"),
+            1..=11 | IDENTITY => None,
             _ => return bad(at, ErrorKind::UnknownCommand { found: number }),
         };
         if let Some(expected) = expected {
@@ -235,10 +241,17 @@ impl Command {
                 Self::RecvBitmap(name)
             }
             11 => Self::SwitchoverStart,
+            IDENTITY => match payload.first_chunk() {
+                Some(identity) => Self::Identity(Identity::parse(identity)),
+                None => return Err(Stop::NeedMore(0)),
+            },
             other => return bad(0, ErrorKind::UnknownCommand { found: other }),
         })
     }
 }
+
+/// "WI": the number of whimbrel's own command.
+const IDENTITY: u16 = 0x5749;
 
 /// Most bytes of payload that are taken from a peer: with its mark, number and length a command
 /// is a header.
@@ -257,6 +270,7 @@ const fn name_of(number: u16) -> &'static str {
         9 => "POSTCOPY_RESUME",
         10 => "RECV_BITMAP",
         11 => "SWITCHOVER_START",
+        IDENTITY => "WHIMBREL_IDENTITY",
         _ => "(unknown)",
     }
 }

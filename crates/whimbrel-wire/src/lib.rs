@@ -13,6 +13,7 @@
 //! | [`Package`], [`DeviceTail`], [`DeviceState`] | device state, in postcopy and in precopy |
 //! | [`ReturnDecoder`], [`ReturnMessage`] | the return path |
 //! | [`xbzrle`], [`mapped_ram`], [`page_bitmap`], [`vmdesc`] | formats inside |
+//! | [`recovery`] | what two whimbrels say beyond it when a broken migration goes on |
 //! | [`multifd`], [`ColoMessage`], [`ChannelKind`] | the other channels, and telling them apart |
 //!
 //! All decoders work alike: `decode(input)` looks at the bytes not yet consumed and returns how
@@ -44,6 +45,7 @@ pub mod package;
 mod page;
 pub mod page_bitmap;
 mod record;
+pub mod recovery;
 pub mod return_path;
 mod section;
 mod section_collector;

@@ -151,21 +151,24 @@ impl PacketHeader {
     #[must_use]
     pub fn pages(
         block: &Name,
-        (normal, zero): (&[BlockOffset], &[BlockOffset]),
+        (normal, zero): (
+            impl ExactSizeIterator<Item = BlockOffset>,
+            impl ExactSizeIterator<Item = BlockOffset>,
+        ),
         (flags, data_len, packet_num): (u32, u32, u64),
         page: TargetPage,
     ) -> Self {
-        let count = |pages: &[BlockOffset]| u32::try_from(pages.len()).unwrap_or(u32::MAX);
+        let count = |pages: usize| u32::try_from(pages).unwrap_or(u32::MAX);
         let mut header = Self::empty(flags, packet_num, page);
         assert!(normal.len() + zero.len() <= header.offsets.len(), "the pages of one packet");
         header.pages_alloc = pages_per_packet(page);
-        header.normal_pages = count(normal);
-        header.zero_pages = count(zero);
+        header.normal_pages = count(normal.len());
+        header.zero_pages = count(zero.len());
         header.next_packet_size = data_len;
         for (to, from) in header.name_field.iter_mut().zip(block.as_bytes()) {
             *to = *from;
         }
-        for (to, from) in header.offsets.iter_mut().zip(normal.iter().chain(zero)) {
+        for (to, from) in header.offsets.iter_mut().zip(normal.chain(zero)) {
             *to = from.0;
         }
         header
@@ -479,7 +482,7 @@ mod tests {
 
     fn packet(change: impl FnOnce(&mut PacketHeader)) -> String {
         let block = Name::new("pc.ram").unwrap();
-        let pages = (&[BlockOffset(0x1000)][..], &[BlockOffset(0x2000)][..]);
+        let pages = ([BlockOffset(0x1000)].into_iter(), [BlockOffset(0x2000)].into_iter());
         let mut header = PacketHeader::pages(&block, pages, (0, 4096, 5), PAGE);
         change(&mut header);
         let mut bytes = Vec::new();

@@ -87,6 +87,8 @@ impl Order {
             Command::RecvBitmap(_) => {
                 (!self.recovering).then_some("it is asked for in a recovery only")
             }
+            Command::Identity(_) => (self.phase != Phase::Advised || !self.setup_done)
+                .then_some("it comes between the RAM setup and the package of a postcopy"),
             Command::SwitchoverStart => {
                 (self.phase == Phase::Postcopy).then_some("the guest was switched over already")
             }

@@ -102,6 +102,9 @@ fn commands() -> impl Strategy<Value = Command> {
         Just(Command::PostcopyResume),
         names().prop_map(Command::RecvBitmap),
         Just(Command::SwitchoverStart),
+        any::<([u8; 16], [u8; 32], u32)>().prop_map(|(id, secret, beat_ms)| {
+            Command::Identity(whimbrel_wire::recovery::Identity { id, secret, beat_ms })
+        }),
     ]
 }
 
@@ -461,7 +464,7 @@ proptest! {
             let item = match kind {
                 0 | 1 => MultifdDecoded::Packet(Box::new(PacketHeader::pages(
                     &block,
-                    (normal, zero),
+                    (normal.iter().copied(), zero.iter().copied()),
                     (flags, short, number),
                     PAGE,
                 ))),

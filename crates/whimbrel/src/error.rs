@@ -63,6 +63,17 @@ pub enum Error {
         /// What should have come next.
         expected: String,
     },
+    /// The other side took nothing of what was sent, or said nothing where it had to.
+    #[error(
+        "{channel} channel: nothing has come through for {} s: the link or the other side hangs          (silence-limit)",
+        limit.as_secs_f32()
+    )]
+    Silent {
+        /// The channel's name.
+        channel: &'static str,
+        /// For how long.
+        limit: std::time::Duration,
+    },
     /// A secret channel broke, or was cut, before the peer had said that nothing more comes.
     #[error(
         "{channel} channel, byte {offset}: the connection ends here, without the close_notify by \

@@ -30,12 +30,17 @@ impl Features {
     /// Each multifd packet is packed by whatever method it names.
     pub(crate) const ANY_METHOD: Features = Features(8);
 
+    /// A postcopy whose link broke goes on by itself: the source has said what makes the migration
+    /// itself, and says something on the main channel as often as it promised.
+    pub(crate) const RECOVERS: Features = Features(16);
+
     /// What this version can do.
     pub(crate) const ALL: Features = Features(
         Features::SMALL_PIECES.0
             | Features::RUN_APART.0
             | Features::MULTIFD_GOES_ON.0
-            | Features::ANY_METHOD.0,
+            | Features::ANY_METHOD.0
+            | Features::RECOVERS.0,
     );
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.

@@ -38,6 +38,7 @@ mod migrator;
 mod objects;
 mod packing;
 mod plan;
+mod recovery;
 mod report;
 mod settings;
 mod source;
@@ -56,7 +57,8 @@ pub use migrator::{Migrator, Start, Subscription};
 pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
-    Capabilities, Capability, MultifdCompression, Parameters, SettingError, ZeroPageDetection,
+    AutoRecover, Capabilities, Capability, MultifdCompression, Parameters, SettingError,
+    ZeroPageDetection,
 };
 pub use status::{
     AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,

@@ -7,7 +7,8 @@ use crate::channel::{Listener, Route};
 use crate::destination::live;
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::objects::{Object, Objects};
+use crate::objects::{Object, Router};
+use crate::recovery::{self, WayOn};
 use crate::report::{Report, Side};
 use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
@@ -35,8 +36,7 @@ pub enum Start {
 pub struct Migrator {
     guest: Arc<Guest>,
     autostart: bool,
-    parameters: Arc<Mutex<Parameters>>,
-    objects: Mutex<Objects>,
+    router: Router,
     inner: Mutex<Inner>,
 }
 
@@ -58,8 +58,18 @@ struct Run {
     postcopy: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     links: Links,
+    way_on: Way,
     allows_postcopy: bool,
     worker: Option<Worker>,
+}
+
+/// How a migration that is paused is told to go on.
+#[derive(Debug)]
+enum Way {
+    /// `migrate` with `resume`.
+    Resume(Arc<WayOn<Route>>),
+    /// `migrate-recover`.
+    Recover(Arc<WayOn<Listener>>),
 }
 
 impl Drop for Run {
@@ -93,8 +103,7 @@ impl Migrator {
         Migrator {
             guest: Arc::new(Guest::new(vm, state)),
             autostart,
-            parameters: Arc::default(),
-            objects: Mutex::default(),
+            router: Router::default(),
             inner: Mutex::default(),
         }
     }
@@ -153,12 +162,12 @@ impl Migrator {
 
     /// The parameters.
     pub fn parameters(&self) -> Parameters {
-        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.router.parameters()
     }
 
     /// Changes parameters; a running migration follows. `change` must not block.
     pub fn update_parameters(&self, change: impl FnOnce(&mut Parameters)) -> Result<(), Error> {
-        let mut parameters = self.parameters.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parameters = self.router.parameters.lock().unwrap_or_else(PoisonError::into_inner);
         let mut changed = parameters.clone();
         change(&mut changed);
         changed.check()?;
@@ -168,29 +177,24 @@ impl Migrator {
 
     /// Adds what parameters can name by `id` (`object-add`).
     pub fn add_object(&self, id: &str, object: impl Into<Object>) -> Result<(), Error> {
-        self.objects().add(id, object.into())
+        self.router.objects().add(id, object.into())
     }
 
     /// Removes what was added under `id` (`object-del`).
     pub fn remove_object(&self, id: &str) -> Result<(), Error> {
-        self.objects().remove(id)
-    }
-
-    fn objects(&self) -> MutexGuard<'_, Objects> {
-        // Whole values are stored under the lock.
-        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+        self.router.objects().remove(id)
     }
 
     fn route(&self, address: Address, capabilities: Capabilities) -> Result<Route, Error> {
-        let tls = self.objects().client(&address, &self.parameters())?;
-        if tls.is_some() && capabilities.has(Capability::ZeroCopySend) {
+        let route = self.router.route(address)?;
+        if route.tls.is_some() && capabilities.has(Capability::ZeroCopySend) {
             return Err(Error::Refused(
                 "capability 'zero-copy-send' is not compatible with TLS: what is encrypted has to \
                  be copied"
                     .into(),
             ));
         }
-        Ok(Route { address, tls })
+        Ok(route)
     }
 
     /// Starts moving the guest to `address`. Errors from connecting on are in
@@ -211,18 +215,19 @@ impl Migrator {
         }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
-        let (postcopy, links) = (new_cancel()?, new_links()?);
+        let (postcopy, links, resume) = (new_cancel()?, new_links()?, new_way_on()?);
         let report = Arc::new(Report::new(Side::Source));
         let job = source::Job {
             guest: self.guest.clone(),
             route,
             capabilities: inner.capabilities,
-            parameters: self.parameters.clone(),
+            router: self.router.clone(),
             report: report.clone(),
             cancel: cancel.clone(),
             proceed: proceed.clone(),
             postcopy: postcopy.clone(),
             links: links.clone(),
+            resume: resume.clone(),
         };
         let worker = Worker::start(Role::SourceMain, cancel.clone(), move || source::run(&job))
             .map_err(Error::system("starting a thread"))?;
@@ -233,6 +238,7 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            way_on: Way::Resume(resume),
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         };
@@ -248,16 +254,12 @@ impl Migrator {
         self.refuse_incoming(&self.lock())?;
         let cancel = new_cancel()?;
         // A name may have to be looked up: not with the lock held.
-        let tls = self.objects().server(&self.parameters())?;
-        let listener = Listener::bind(address, &cancel)?.secured(tls);
+        let listener = self.listener(address, &cancel)?;
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
-        let (postcopy, links) = (new_cancel()?, new_links()?);
+        let (postcopy, links, recover) = (new_cancel()?, new_links()?, new_way_on()?);
         let report = Arc::new(Report::new(Side::Destination));
-        report.set_socket_address(listener.socket_address());
-        let told = report.clone();
-        let listener = listener.telling(move |reason| told.set_error(reason.to_string()));
-        let listener = listener.joined(&links);
+        let listener = announced(listener, &report, &links);
         let job = live::Job {
             guest: self.guest.clone(),
             capabilities: inner.capabilities,
@@ -266,9 +268,11 @@ impl Migrator {
                 false => 0,
             },
             autostart: self.autostart,
+            router: self.router.clone(),
             report: report.clone(),
             cancel: cancel.clone(),
             links: links.clone(),
+            recover: recover.clone(),
         };
         let run = move || live::run(&job, listener);
         let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
@@ -281,11 +285,19 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            way_on: Way::Recover(recover),
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
         });
         inner.exit_on_error = exit_on_error;
         Ok(())
+    }
+
+    fn listener(&self, address: &Address, cancel: &Cancel) -> Result<Listener, Error> {
+        let parameters = self.parameters();
+        let tls = self.router.objects().server(&parameters)?;
+        let listener = Listener::bind(address, cancel)?.secured(tls);
+        Ok(listener.waiting_no_longer_than(recovery::silence(&parameters)))
     }
 
     fn refuse_incoming(&self, inner: &Inner) -> Result<(), Error> {
@@ -343,18 +355,60 @@ impl Migrator {
         }
     }
 
-    /// `migrate-pause`: breaks the connections of a migration in postcopy.
+    /// `migrate-pause`: breaks the connections of a migration in postcopy. It does not go on by
+    /// itself then: it waits for [`resume`](Migrator::resume) or [`recover`](Migrator::recover).
     pub fn pause(&self) -> Result<(), Error> {
         let inner = self.lock();
         match &inner.run {
-            Some(run) if run.report.status() == MigrationStatus::PostcopyActive => {
-                run.links.break_now();
+            Some(run) if run.report.status().is_broken_by_pause() => {
+                run.links.hold();
                 Ok(())
             }
             _ => Err(Error::Refused(
-                "migrate-pause is currently only supported during postcopy-active state".into(),
+                "migrate-pause is currently only supported during postcopy-active or \
+                 postcopy-recover state"
+                    .into(),
             )),
         }
+    }
+
+    /// `migrate` with `resume`: a source in `postcopy-paused` connects to `address` and sends what the
+    /// destination does not have. While it looks for the destination by itself, `address` is where
+    /// it goes next, at once.
+    pub fn resume(&self, address: Address) -> Result<(), Error> {
+        let inner = self.lock();
+        let route = self.route(address, inner.capabilities)?;
+        match &inner.run {
+            Some(Run { report, way_on: Way::Resume(way), .. }) if report.status().may_resume() => {
+                way.tell(route);
+                Ok(())
+            }
+            _ => Err(Error::Refused("Cannot resume if there is no paused migration".into())),
+        }
+    }
+
+    /// `migrate-recover`: a destination in `postcopy-paused` waits for its source at `address`, and
+    /// nowhere else. The address is bound when this returns.
+    pub fn recover(&self, address: &Address) -> Result<(), Error> {
+        let (cancel, way, report, links) = {
+            let inner = self.lock();
+            match &inner.run {
+                Some(Run { report, links, cancel, way_on: Way::Recover(way), .. })
+                    if report.status() == MigrationStatus::PostcopyPaused =>
+                {
+                    (cancel.clone(), way.clone(), report.clone(), links.clone())
+                }
+                _ => {
+                    return Err(Error::Refused(
+                        "Migrate recover can only be run when postcopy is paused.".into(),
+                    ));
+                }
+            }
+        };
+        // A name may have to be looked up: not with the lock held.
+        let listener = self.listener(address, &cancel)?;
+        way.tell(announced(listener, &report, &links));
+        Ok(())
     }
 
     /// `yank`: shuts down every connection of the migration under way, at once. What waits on one of
@@ -428,6 +482,17 @@ impl Inner {
             false => Ok(()),
         }
     }
+}
+
+/// Tells in the report where a destination listens, and whom it turns away.
+fn announced(listener: Listener, report: &Arc<Report>, links: &Links) -> Listener {
+    report.set_socket_address(listener.socket_address());
+    let told = report.clone();
+    listener.telling(move |reason| told.set_error(reason.to_string())).joined(links)
+}
+
+fn new_way_on<T>() -> Result<Arc<WayOn<T>>, Error> {
+    WayOn::new().map(Arc::new).map_err(Error::system("making an eventfd"))
 }
 
 fn new_links() -> Result<Links, Error> {

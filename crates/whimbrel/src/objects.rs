@@ -1,10 +1,13 @@
 //! What parameters name by an identifier (`object-add`): TLS credentials, and who is let in.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
+use crate::channel::Route;
 use crate::channel::tls::{Authorization, TlsClient, TlsCredentials, TlsServer};
 use crate::error::Error;
+use crate::recovery;
 use crate::settings::Parameters;
 
 /// One of them.
@@ -87,5 +90,38 @@ impl Objects {
                 "No TLS credentials with id '{id}': add them with object-add"
             ))),
         }
+    }
+}
+
+/// Makes ways to destinations out of what the objects and parameters are at the time.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Router {
+    pub(crate) objects: Arc<Mutex<Objects>>,
+    pub(crate) parameters: Arc<Mutex<Parameters>>,
+}
+
+impl Router {
+    /// The objects.
+    pub(crate) fn objects(&self) -> MutexGuard<'_, Objects> {
+        // Whole values are stored under the lock.
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The parameters, as they are now.
+    pub(crate) fn parameters(&self) -> Parameters {
+        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The way to `address`.
+    pub(crate) fn route(&self, address: Address) -> Result<Route, Error> {
+        let parameters = self.parameters();
+        let tls = self.objects().client(&address, &parameters)?;
+        Ok(Route { address, tls, silence: recovery::silence(&parameters) })
+    }
+
+    /// The way to `recover-uri`, if there is one that can be gone.
+    pub(crate) fn other(&self) -> Option<Route> {
+        let uri = self.parameters().recover_uri;
+        (!uri.is_empty()).then(|| self.route(uri.parse().ok()?).ok()).flatten()
     }
 }

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::address::{Address, AddressError};
+
 /// What can be switched on (`MigrationCapability`). Only what this engine does is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -121,6 +123,9 @@ pub enum SettingError {
         /// What was given.
         found: u64,
     },
+    /// Parameter `recover-uri` is no address.
+    #[error("parameter 'recover-uri': {0}")]
+    Uri(AddressError),
     /// Not while a migration runs.
     #[error("There's a migration process in progress")]
     Running,
@@ -171,6 +176,19 @@ pub enum ZeroPageDetection {
     Multifd,
 }
 
+/// When a migration whose link broke in postcopy goes on without being told to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AutoRecover {
+    /// Between two whimbrels, each of which proves that it is of the same migration.
+    #[default]
+    Auto,
+    /// Also with a QEMU at the other end, which proves nothing.
+    On,
+    /// Never: it waits for `migrate-recover` and `migrate` with `resume`.
+    Off,
+}
+
 /// What can be tuned (`MigrationParameters`), in full.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
@@ -212,6 +230,16 @@ pub struct Parameters {
     pub multifd_zstd_level: u8,
     /// Who looks for pages of zeros, with capability `multifd`.
     pub zero_page_detection: ZeroPageDetection,
+    /// Whether a migration whose link broke in postcopy goes on by itself.
+    pub auto_recover: AutoRecover,
+    /// For how long that is tried, in seconds; 0 is without end.
+    pub recover_time_limit: u64,
+    /// Another address of the destination, tried in turn with the one that the migration went to;
+    /// empty for none. Looked at anew for each try.
+    pub recover_uri: String,
+    /// A peer that is silent for so long, in ms, has gone: one that takes nothing of what is sent,
+    /// or that says nothing where it had to. 0 is to wait for ever; 100 is the least otherwise.
+    pub silence_limit: u64,
 }
 
 impl Default for Parameters {
@@ -235,6 +263,10 @@ impl Default for Parameters {
             multifd_zlib_level: 1,
             multifd_zstd_level: 1,
             zero_page_detection: ZeroPageDetection::Multifd,
+            auto_recover: AutoRecover::Auto,
+            recover_time_limit: 300,
+            recover_uri: String::new(),
+            silence_limit: 30_000,
         }
     }
 }
@@ -275,6 +307,16 @@ impl Parameters {
         level("multifd-channels", self.multifd_channels, 1..=255, "1 to 255")?;
         level("multifd-zlib-level", self.multifd_zlib_level, 0..=9, "0 to 9")?;
         level("multifd-zstd-level", self.multifd_zstd_level, 0..=20, "0 to 20")?;
+        if !self.recover_uri.is_empty() {
+            self.recover_uri.parse::<Address>().map_err(SettingError::Uri)?;
+        }
+        if (1..100).contains(&self.silence_limit) {
+            return Err(SettingError::Range {
+                name: "silence-limit",
+                expected: "0, or 100 ms or more",
+                found: self.silence_limit,
+            });
+        }
         if !self.xbzrle_cache_size.is_power_of_two() || self.xbzrle_cache_size < 4096 {
             return Err(SettingError::Range {
                 name: "xbzrle-cache-size",

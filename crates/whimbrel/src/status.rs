@@ -29,6 +29,10 @@ pub enum MigrationStatus {
     PostcopyActive,
     /// As before, and the link is broken: the guest runs until it touches what is missing.
     PostcopyPaused,
+    /// As before, and connecting anew.
+    PostcopyRecoverSetup,
+    /// Connected anew: the destination says what it has.
+    PostcopyRecover,
     /// The guest is at the destination, whole.
     Completed,
     /// Ended by an error.
@@ -49,6 +53,8 @@ impl MigrationStatus {
             MigrationStatus::PostcopyDevice => "postcopy-device",
             MigrationStatus::PostcopyActive => "postcopy-active",
             MigrationStatus::PostcopyPaused => "postcopy-paused",
+            MigrationStatus::PostcopyRecoverSetup => "postcopy-recover-setup",
+            MigrationStatus::PostcopyRecover => "postcopy-recover",
             MigrationStatus::Completed => "completed",
             MigrationStatus::Failed => "failed",
         }
@@ -61,7 +67,19 @@ impl MigrationStatus {
             MigrationStatus::PostcopyDevice
                 | MigrationStatus::PostcopyActive
                 | MigrationStatus::PostcopyPaused
+                | MigrationStatus::PostcopyRecoverSetup
+                | MigrationStatus::PostcopyRecover
         )
+    }
+
+    /// Whether `migrate-pause` has something to break.
+    pub(crate) fn is_broken_by_pause(self) -> bool {
+        matches!(self, MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover)
+    }
+
+    /// Whether a source can be told where to find its destination again.
+    pub(crate) fn may_resume(self) -> bool {
+        matches!(self, MigrationStatus::PostcopyPaused | MigrationStatus::PostcopyRecoverSetup)
     }
 
     /// Whether a migration is under way.
@@ -74,7 +92,9 @@ impl MigrationStatus {
             | MigrationStatus::Device
             | MigrationStatus::PostcopyDevice
             | MigrationStatus::PostcopyActive
-            | MigrationStatus::PostcopyPaused => true,
+            | MigrationStatus::PostcopyPaused
+            | MigrationStatus::PostcopyRecoverSetup
+            | MigrationStatus::PostcopyRecover => true,
             MigrationStatus::None
             | MigrationStatus::Cancelled
             | MigrationStatus::Completed

@@ -34,6 +34,8 @@ pub(crate) enum Role {
     DestinationLoad,
     /// Loads devices beside the thread that began to.
     DestinationLoader(u8),
+    /// Looks who comes back when the link has broken.
+    DestinationDoor,
     /// Makes huge pages of small ones that have all arrived.
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
@@ -58,6 +60,7 @@ impl Role {
             Role::DestinationUrgent => "dest/urgent",
             Role::DestinationLoad => "dest/load",
             Role::DestinationLoader(number) => return format!("dest/load-{number}").into(),
+            Role::DestinationDoor => "dest/door",
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
             Role::DestinationWrite => "dest/write",
@@ -89,6 +92,13 @@ pub(crate) enum Woken {
     TimedOut,
     /// The migration is cancelled.
     Cancelled,
+}
+
+impl Woken {
+    /// Whether a descriptor is ready.
+    pub(crate) fn is_ready(self) -> bool {
+        self == Woken::Ready
+    }
 }
 
 impl Cancel {
@@ -172,7 +182,8 @@ impl Cancel {
         self.poll([], Some(time))
     }
 
-    fn poll<'f>(
+    /// Waits until one of `fds` is ready for what it says, for `timeout` at most.
+    pub(crate) fn poll<'f>(
         &'f self,
         fds: impl IntoIterator<Item = PollFd<'f>>,
         timeout: Option<Duration>,
@@ -217,14 +228,26 @@ impl Bell {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
+    /// It has been heard: from here on it has to be rung again.
+    pub(crate) fn heed(&self) {
+        // Nobody else reads it; not rung is as good.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
+    }
+
     /// Waits until it is rung, for `timeout` at most.
     pub(crate) fn wait(&self, cancel: &Cancel, timeout: Option<Duration>) -> io::Result<Woken> {
         let woken = cancel.wait(self.0.as_fd(), PollFlags::IN, timeout)?;
         if woken == Woken::Ready {
-            // Nobody else reads it.
-            let _ = rustix::io::read(&self.0, &mut [0; 8]);
+            self.heed();
         }
         Ok(woken)
+    }
+}
+
+impl AsFd for Bell {
+    /// Readable when it has been rung.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -235,13 +258,16 @@ impl Bell {
 pub(crate) struct Links {
     current: Arc<Mutex<Cancel>>,
     ended: Cancel,
+    /// Broken on request: nothing goes on by itself.
+    held: Arc<AtomicBool>,
     ends: Arc<Mutex<Vec<Weak<dyn Shut>>>>,
 }
 
 impl Links {
     pub(crate) fn new() -> io::Result<Links> {
         let current = Arc::new(Mutex::new(Cancel::new()?));
-        Ok(Links { current, ended: Cancel::new()?, ends: Arc::default() })
+        let (held, ends) = (Arc::default(), Arc::default());
+        Ok(Links { current, ended: Cancel::new()?, held, ends })
     }
 
     /// From now on, for as long as it is there, `end` is one of those to be shut down.
@@ -271,16 +297,42 @@ impl Links {
         self.current().set();
     }
 
+    /// Breaks them, until somebody lets it go on (`migrate-pause`).
+    pub(crate) fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+        self.break_now();
+    }
+
+    /// It may go on.
+    pub(crate) fn let_go(&self) {
+        self.held.store(false, Ordering::SeqCst);
+    }
+
+    /// Whether it was broken on request, and nobody has let it go on.
+    pub(crate) fn are_held(&self) -> bool {
+        self.held.load(Ordering::SeqCst)
+    }
+
+    /// There are other connections from now on: gives what ends the waits on them. What was broken
+    /// before stays so.
+    pub(crate) fn renew(&self) -> io::Result<Cancel> {
+        let fresh = Cancel::new()?;
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
+        if self.ended.is_set() {
+            fresh.set(); // Whoever ended it may have broken those before.
+        }
+        Ok(fresh)
+    }
+
     /// Ends the migration, also one that is paused.
     pub(crate) fn end(&self) {
         self.ended.set();
         self.break_now();
     }
 
-    /// Waits until `fd` can be read, for `time` at most, or for the end.
-    pub(crate) fn wait_for_end_or(&self, fd: BorrowedFd<'_>, time: Duration) {
-        // Without a descriptor to wait on there is nothing to be done but to go on at once.
-        let _ = self.ended.wait(fd, PollFlags::IN, Some(time));
+    /// What is set at the end.
+    pub(crate) fn ended(&self) -> &Cancel {
+        &self.ended
     }
 
     /// Waits for the end.
@@ -358,6 +410,7 @@ mod tests {
             Role::DestinationUrgent,
             Role::DestinationLoad,
             Role::DestinationLoader(255),
+            Role::DestinationDoor,
             Role::DestinationRestore,
             Role::DestinationTouch,
             Role::DestinationWrite,

@@ -10,7 +10,7 @@ mod vms;
 use std::time::Instant;
 
 use links::{Cut, Failure, Place, Ways};
-use vms::{Alone, Dice, Side, expect_movable, seed, until};
+use vms::{Alone, Dice, Side, drawn, expect_movable, until};
 use whimbrel::{Capability, MigrationStatus, MultifdCompression, RunState};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
@@ -73,17 +73,9 @@ enum Fate {
 
 #[test]
 fn a_cut_of_any_connection_leaves_one_guest_and_nothing_else() {
-    let number =
-        |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let (runs, only) = (number("WHIMBREL_CUTS").unwrap_or(50), number("WHIMBREL_ONLY"));
-    let mut dice = Dice(seed("multifd cut"));
     let alone = Alone::begin();
     let mut fates = [0; 3];
-    for run in 0..runs {
-        let draw = draw(&mut dice);
-        if only.is_some_and(|only| only != run) {
-            continue;
-        }
+    for (run, draw) in drawn("multifd cut", ("WHIMBREL_CUTS", 50), draw) {
         let what = format!("run {run}: {draw:?}");
         let began = Instant::now();
         let fate = cut_once(&draw, &what);

@@ -12,8 +12,8 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use links::{Cut, Failure, Place, Ways};
-use vms::{Alone, Dice, Side, expect_movable, seed, until};
-use whimbrel::{Capability, MigrationStatus, RunState};
+use vms::{Alone, Dice, Side, drawn, expect_movable, seed, until};
+use whimbrel::{AutoRecover, Capability, MigrationStatus, RunState};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
 const MEMORY: u64 = 6 << 20;
@@ -79,7 +79,11 @@ fn pair(preempt: bool, channels: u8, bandwidth: u64, workload_seed: u64) -> (Sid
             side.migrator.update_parameters(set).expect("allowed");
         }
     }
+    // What is cut stays so until somebody says how to go on.
+    let by_hand = |p: &mut whimbrel::Parameters| p.auto_recover = AutoRecover::Off;
+    destination.migrator.update_parameters(by_hand).expect("allowed");
     let change = |p: &mut whimbrel::Parameters| {
+        by_hand(p);
         (p.max_postcopy_bandwidth, p.max_bandwidth, p.downtime_limit) = (bandwidth, 48 << 20, 0);
     };
     source.migrator.update_parameters(change).expect("allowed");
@@ -91,25 +95,17 @@ fn pair(preempt: bool, channels: u8, bandwidth: u64, workload_seed: u64) -> (Sid
 enum Fate {
     Stayed,
     Moved,
-    /// At the destination, with a part of its memory.
-    Paused,
-    /// Given away, and it did not arrive.
+    /// At the destination with a part of its memory, and then with all of it.
+    Recovered,
+    /// Given away to a destination that was ended.
     Lost,
 }
 
 #[test]
 fn a_cut_at_any_byte_leaves_one_guest_and_no_thread() {
-    let number =
-        |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
-    let (runs, only) = (number("WHIMBREL_CUTS").unwrap_or(50), number("WHIMBREL_ONLY"));
-    let mut dice = Dice(seed("postcopy cut"));
     let mut alone = Alone::begin();
     let mut fates = [0; 4];
-    for run in 0..runs {
-        let draw = draw(&mut dice);
-        if only.is_some_and(|only| only != run) {
-            continue;
-        }
+    for (run, draw) in drawn("postcopy cut", ("WHIMBREL_CUTS", 50), draw) {
         let what = format!("run {run}: {draw:?}");
         let began = Instant::now();
         let fate = cut_once(&draw, &mut alone, &what);
@@ -117,8 +113,10 @@ fn a_cut_at_any_byte_leaves_one_guest_and_no_thread() {
         fates[fate as usize] += 1;
         alone.expect_nothing_left(&what);
     }
-    let [stayed, moved, paused, lost] = fates;
-    eprintln!("{stayed} guests stayed, {moved} moved, {paused} paused, {lost} lost with RUN");
+    let [stayed, moved, recovered, lost] = fates;
+    eprintln!(
+        "{stayed} guests stayed, {moved} moved, {recovered} recovered, {lost} ended on the way"
+    );
 }
 
 fn is_over(side: &Side) -> bool {
@@ -172,7 +170,9 @@ fn cut_once(draw: &Draw, alone: &mut Alone, what: &str) -> Fate {
         from.status, from.error_desc, to.status, to.error_desc
     );
     let arrived = match to.status {
-        Some(MigrationStatus::Completed | MigrationStatus::PostcopyPaused) => true,
+        Some(MigrationStatus::Completed) => true,
+        // It may have come, or be waiting for RUN.
+        Some(MigrationStatus::PostcopyPaused) => destination.runs(),
         Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => false,
         status => panic!("{what}: destination {status:?}"),
     };
@@ -205,27 +205,35 @@ fn cut_once(draw: &Draw, alone: &mut Alone, what: &str) -> Fate {
     assert!(!source.runs(), "{what}");
     assert_eq!(source.migrator.run_state(), RunState::Postmigrate, "{what}");
     source.migrator.cont().expect_err("the guest is not here");
-    source.migrator.end();
-    match to.status {
-        Some(MigrationStatus::Completed) => {
-            destination.expect_healthy(&format!("{what}: the guest moved"));
-            Fate::Moved
-        }
+    let fate = match to.status {
+        Some(MigrationStatus::Completed) => Fate::Moved,
         Some(MigrationStatus::PostcopyPaused) => {
-            assert!(to.error_desc.is_some(), "{what}: says why");
-            destination.migrator.end();
-            // One that is not waiting for a page yet will be.
-            alone.keeps_a_guest(destination);
-            Fate::Paused
+            recover(&source, &destination, &what);
+            Fate::Recovered
         }
-        // On a single channel the source gives its guest away before it can know that the devices
-        // have arrived. With an urgent channel only RUN itself, cut in two, can be lost.
+        // A user who ends the destination does so whatever is on its way.
         _ => {
-            // A user who ends the destination does so whatever is on its way.
-            let ended = to.status == Some(MigrationStatus::Cancelled);
-            assert!(!seen.run || ended, "{what}: RUN went through, and nobody runs the guest");
+            assert_eq!(to.status, Some(MigrationStatus::Cancelled), "{what}: nobody has the guest");
             Fate::Lost
         }
+    };
+    source.migrator.end();
+    if fate != Fate::Lost {
+        destination.expect_healthy(&what);
+    }
+    fate
+}
+
+/// Both are told how to go on, over new connections.
+fn recover(source: &Side, destination: &Side, what: &str) {
+    assert!(destination.migrator.info().error_desc.is_some(), "{what}: says why");
+    let anywhere = "tcp:127.0.0.1:0".parse().expect("an address");
+    destination.migrator.recover(&anywhere).expect("it is paused");
+    let there = destination.address();
+    source.migrator.resume(there).expect("it is paused");
+    for side in [source, destination] {
+        let info = side.ended(&format!("{what}: recovered"));
+        assert_eq!(info.status, Some(MigrationStatus::Completed), "{what}: {:?}", info.error_desc);
     }
 }
 

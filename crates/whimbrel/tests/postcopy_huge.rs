@@ -107,8 +107,7 @@ fn expect_paused(destination: &Side, source: &FarSource, part: &str, what: &str)
     until(&format!("{what}: it pauses"), || {
         destination.status() == Some(MigrationStatus::PostcopyPaused)
     });
-    let error = destination.migrator.info().error_desc.expect("says why");
-    assert!(error.contains(part) && !error.contains('\n'), "{what}: {error}");
+    destination.expect_reason(&[part], what);
     assert!(destination.runs(), "{what}");
     expect_pages(destination, source, 0..PARTS, what);
     destination.migrator.end();

@@ -60,13 +60,7 @@ fn end_soon(side: &Side, what: &str) {
 
 /// The destination failed, with one line that has all of `parts`, and runs nothing.
 fn expect_failed(destination: &Side, parts: &[&str], what: &str) {
-    let info = destination.ended(what);
-    assert_eq!(info.status, Some(MigrationStatus::Failed), "{what}");
-    let error = info.error_desc.expect("says why");
-    let said = parts.iter().all(|part| error.contains(part)) && !error.contains('\n');
-    assert!(said, "{what}: {error}");
-    assert_eq!(destination.migrator.run_state(), RunState::Inmigrate, "{what}");
-    assert!(!destination.runs(), "{what}");
+    destination.expect_not_arrived(parts, what);
     destination.migrator.cont().expect_err("there is no guest");
     end_soon(destination, what);
 }
@@ -79,9 +73,7 @@ fn expect_paused(destination: &Side, source: &FarSource, parts: &[&str], what: &
         assert!(status.is_running(), "{what}: {status}: {:?}", info.error_desc);
         status == MigrationStatus::PostcopyPaused
     });
-    let error = destination.migrator.info().error_desc.expect("says why");
-    let said = parts.iter().all(|part| error.contains(part)) && !error.contains('\n');
-    assert!(said, "{what}: {error}");
+    destination.expect_reason(parts, what);
     assert!(destination.runs(), "{what}: the guest has stopped");
     expect_page(destination, source, 0, what);
     destination.migrator.cancel().expect_err("neither side has all of it");

@@ -10,6 +10,7 @@ mod control;
 mod host_memory;
 mod janitor;
 mod kept;
+mod metric;
 mod multiboot;
 mod multifd;
 mod network;

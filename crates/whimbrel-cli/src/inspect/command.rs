@@ -23,7 +23,8 @@ pub(super) fn entry(command: &Command, at: u64) -> Entry {
         | Command::PostcopyRun
         | Command::EnableColo
         | Command::PostcopyResume
-        | Command::SwitchoverStart => {}
+        | Command::SwitchoverStart
+        | Command::Identity(_) => {}
     }
     entry
 }

@@ -79,9 +79,10 @@ fn out_of_range(error: &SettingError) -> QmpError {
             let name = name.replace('-', "_");
             QmpError::generic(format_args!("Parameter '{name}' expects {expected}"))
         }
-        SettingError::Running | SettingError::Needs { .. } | SettingError::Excludes { .. } => {
-            QmpError::generic(error)
-        }
+        SettingError::Uri(_)
+        | SettingError::Running
+        | SettingError::Needs { .. }
+        | SettingError::Excludes { .. } => QmpError::generic(error),
     }
 }
 

@@ -32,11 +32,6 @@ pub struct Pieces<'a> {
 unsafe impl Send for Pieces<'_> {}
 
 impl<'a> Pieces<'a> {
-    /// An empty list.
-    pub fn new() -> Pieces<'a> {
-        Pieces::default()
-    }
-
     /// Appends bytes of ours.
     pub fn push_bytes(&mut self, bytes: &'a [u8]) {
         self.push(bytes.as_ptr().cast_mut(), bytes.len());
@@ -97,6 +92,19 @@ impl<'a> Pieces<'a> {
         let rest = &self.pieces[self.done..];
         &rest[..rest.len().min(PIECES_MAX)]
     }
+
+    /// What the next call moves, as the kernel wants it: where the pieces are, and how many.
+    fn next_vector(&self) -> (*const libc::iovec, libc::c_int) {
+        let pieces = self.next_call();
+        (pieces.as_ptr(), libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX"))
+    }
+
+    /// What a call has said: an error, or how many bytes it has moved.
+    fn moved(&mut self, result: isize) -> io::Result<usize> {
+        let moved = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
+        self.advance(moved);
+        Ok(moved)
+    }
 }
 
 /// Pieces to be read out of memory.
@@ -138,16 +146,15 @@ impl Gather<'_> {
         // SAFETY: the message names `pieces`, whose memory is borrowed for as long as `self`; the
         // kernel only reads it, and pins what it reads later.
         let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) };
-        self.moved(sent)
+        self.0.moved(sent)
     }
 
     /// One `writev`, for what is no socket.
     pub fn write(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
-        let pieces = self.0.next_call();
-        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        let (pieces, count) = self.0.next_vector();
         // SAFETY: as in `send`.
-        let written = unsafe { libc::writev(file.as_raw_fd(), pieces.as_ptr(), count) };
-        self.moved(written)
+        let written = unsafe { libc::writev(file.as_raw_fd(), pieces, count) };
+        self.0.moved(written)
     }
 
     /// Copies what is next into `buffer`, for what has to see the bytes before the kernel does;
@@ -171,17 +178,10 @@ impl Gather<'_> {
     /// One `pwritev`, at byte `at` of a file that can be sought; others may use it meanwhile.
     pub fn write_at(&mut self, file: BorrowedFd<'_>, at: u64) -> io::Result<usize> {
         let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let pieces = self.0.next_call();
-        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        let (pieces, count) = self.0.next_vector();
         // SAFETY: as in `send`.
-        let written = unsafe { libc::pwritev(file.as_raw_fd(), pieces.as_ptr(), count, at) };
-        self.moved(written)
-    }
-
-    fn moved(&mut self, result: isize) -> io::Result<usize> {
-        let moved = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
-        self.0.advance(moved);
-        Ok(moved)
+        let written = unsafe { libc::pwritev(file.as_raw_fd(), pieces, count, at) };
+        self.0.moved(written)
     }
 }
 
@@ -239,28 +239,20 @@ impl<'a> Scatter<'a> {
 
     /// One `readv`; gives the bytes that came, 0 at the end of the stream.
     pub fn read(&mut self, fd: BorrowedFd<'_>) -> io::Result<usize> {
-        let pieces = self.0.next_call();
-        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        let (pieces, count) = self.0.next_vector();
         // SAFETY: every piece is a buffer borrowed mutably, or guest memory inside its block, for
         // as long as `self`; the kernel writes nowhere else.
-        let got = unsafe { libc::readv(fd.as_raw_fd(), pieces.as_ptr(), count) };
-        self.got(got)
+        let got = unsafe { libc::readv(fd.as_raw_fd(), pieces, count) };
+        self.0.moved(got)
     }
 
     /// One `preadv`, from byte `at` of a file that can be sought; others may use it meanwhile.
     pub fn read_at(&mut self, file: BorrowedFd<'_>, at: u64) -> io::Result<usize> {
         let at = libc::off_t::try_from(at).map_err(|_| io::ErrorKind::FileTooLarge)?;
-        let pieces = self.0.next_call();
-        let count = libc::c_int::try_from(pieces.len()).expect("at most PIECES_MAX");
+        let (pieces, count) = self.0.next_vector();
         // SAFETY: as in `read`.
-        let got = unsafe { libc::preadv(file.as_raw_fd(), pieces.as_ptr(), count, at) };
-        self.got(got)
-    }
-
-    fn got(&mut self, result: isize) -> io::Result<usize> {
-        let got = usize::try_from(result).map_err(|_| io::Error::last_os_error())?;
-        self.0.advance(got);
-        Ok(got)
+        let got = unsafe { libc::preadv(file.as_raw_fd(), pieces, count, at) };
+        self.0.moved(got)
     }
 }
 

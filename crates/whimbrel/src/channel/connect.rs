@@ -5,6 +5,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -22,6 +23,8 @@ pub(crate) struct Route {
     pub(crate) address: Address,
     /// With it, every channel is secret.
     pub(crate) tls: Option<TlsClient>,
+    /// How long the peer may take nothing of what is sent; `None` is for ever.
+    pub(crate) silence: Option<Duration>,
 }
 
 impl Route {
@@ -33,7 +36,12 @@ impl Route {
         cancel: &Cancel,
         links: &Links,
     ) -> Result<Channel, Error> {
-        let mut channel = open(name, &self.address, cancel, links)?;
+        self.equip(open(name, &self.address, cancel, links)?)
+    }
+
+    /// Makes a connection what it has to be before anything is said on it.
+    pub(super) fn equip(&self, mut channel: Channel) -> Result<Channel, Error> {
+        channel.wait_no_longer_than(self.silence);
         if let Some(tls) = &self.tls {
             channel.secure_as_client(tls)?;
             channel.finish_handshake()?;
@@ -66,9 +74,13 @@ fn open(
 }
 
 pub(super) fn open_error(address: &Address, source: io::Error, cancel: &Cancel) -> Error {
-    if cancel.is_set() {
-        return Error::Cancelled;
+    match cancel.is_set() {
+        true => Error::Cancelled,
+        false => not_reached(address, source),
     }
+}
+
+pub(super) fn not_reached(address: &Address, source: io::Error) -> Error {
     let hint = hint(&source);
     Error::Open { address: address.clone(), source, hint }
 }
@@ -104,7 +116,7 @@ fn unix(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-fn nonblocking_socket(family: AddressFamily) -> io::Result<OwnedFd> {
+pub(super) fn nonblocking_socket(family: AddressFamily) -> io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
 }

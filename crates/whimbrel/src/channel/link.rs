@@ -70,6 +70,20 @@ pub(crate) fn classify(socket: BorrowedFd<'_>, class: Class) {
     set(socket, libc::SOL_SOCKET, libc::SO_PRIORITY, class.priority());
 }
 
+/// Has the kernel end the connection when what was sent is not acknowledged for `silence`, or when
+/// nothing is sent and nobody answers for so long.
+pub(crate) fn watch(socket: BorrowedFd<'_>, silence: Duration) {
+    // Of an idle connection the kernel asks whether the peer is there three times in that time; whole
+    // seconds are what it counts in.
+    let every = Duration::from_secs((silence.as_secs() / 3).max(1));
+    let ms = u32::try_from(silence.as_millis()).unwrap_or(u32::MAX);
+    let _ = sockopt::set_tcp_keepidle(socket, every);
+    let _ = sockopt::set_tcp_keepintvl(socket, every);
+    let _ = sockopt::set_tcp_keepcnt(socket, 3);
+    let _ = sockopt::set_tcp_user_timeout(socket, ms);
+    let _ = sockopt::set_socket_keepalive(socket, true);
+}
+
 /// What TCP knows by now; `None` where there is no TCP.
 pub(crate) fn facts(socket: BorrowedFd<'_>) -> Option<Facts> {
     let info = tcp_info(socket)?;

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
+use std::time::Duration;
 
 use whimbrel_wire::ChannelKind;
 
@@ -32,6 +33,8 @@ pub(crate) struct Listener {
     links: Option<Links>,
     /// With it, every channel is secret.
     tls: Option<TlsServer>,
+    /// How long a peer may take nothing of what is sent; `None` is for ever.
+    silence: Option<Duration>,
     /// Connections that have come, and that nobody has waited for yet.
     waiting: Mutex<Waiting>,
     refusals: Refusals,
@@ -118,6 +121,7 @@ impl Listener {
             socket,
             links: None,
             tls: None,
+            silence: None,
             waiting: Mutex::default(),
             refusals: Refusals::default(),
         })
@@ -128,6 +132,11 @@ impl Listener {
         Listener { tls, ..self }
     }
 
+    /// A peer that takes nothing for so long has gone; `None` is to wait for ever.
+    pub(crate) fn waiting_no_longer_than(self, silence: Option<Duration>) -> Listener {
+        Listener { silence, ..self }
+    }
+
     /// Calls `told` with the reason whenever a connection is turned away and another one waited
     /// for. It must not block.
     pub(crate) fn telling(self, told: impl Fn(&Error) + Send + Sync + 'static) -> Listener {
@@ -136,7 +145,7 @@ impl Listener {
     }
 
     /// A connection has been turned away.
-    pub(super) fn refuse(&self, reason: &Error) {
+    pub(crate) fn refuse(&self, reason: &Error) {
         *lock(&self.refusals.last) = Some(reason.to_string());
         if let Some(told) = &self.refusals.told {
             told(reason);
@@ -205,7 +214,8 @@ impl Listener {
         let error = |source| open_error(&self.address, source, cancel);
         match accepted {
             Ok((fd, kind)) => {
-                let channel = Channel::new(name, fd, kind, cancel).map_err(error)?;
+                let mut channel = Channel::new(name, fd, kind, cancel).map_err(error)?;
+                channel.wait_no_longer_than(self.silence);
                 let mut channel = match &self.links {
                     Some(links) => channel.joined(links),
                     None => channel,

@@ -13,7 +13,9 @@ mod file;
 pub(crate) mod link;
 mod listen;
 pub(crate) mod name;
+mod search;
 pub(crate) mod tls;
+mod visitors;
 mod waiting;
 mod zero_copy;
 
@@ -36,7 +38,9 @@ pub(crate) use arrivals::Arrivals;
 pub(crate) use connect::Route;
 pub(crate) use file::create_partial;
 pub(crate) use listen::Listener;
+pub(crate) use search::Search;
 use tls::{Fault, Handshake, Progress, Sent, Session, TlsClient, TlsServer};
+pub(crate) use visitors::Judged;
 pub(crate) use zero_copy::ZeroCopy;
 
 /// What a channel is made of, and what has to happen at its end.
@@ -60,6 +64,10 @@ pub(crate) struct Channel {
     bytes_out: u64,
     /// Each write goes out apart from the next ([`link::hold`]).
     apart: bool,
+    /// How long the peer may take nothing of what is sent, and how long it may say nothing; `None`
+    /// is for ever.
+    takes_within: Option<Duration>,
+    speaks_within: Option<Duration>,
     security: Security,
 }
 
@@ -91,8 +99,24 @@ impl Channel {
             bytes_in: 0,
             bytes_out: 0,
             apart: false,
+            takes_within: None,
+            speaks_within: None,
             security: Security::Plain,
         })
+    }
+
+    /// From here on a peer that takes nothing for so long has gone, be it that the link is dead or
+    /// that nobody reads at its other end.
+    pub(crate) fn wait_no_longer_than(&mut self, silence: Option<Duration>) {
+        self.takes_within = silence;
+        if let Some(silence) = silence {
+            link::watch(self.end.as_fd(), silence);
+        }
+    }
+
+    /// From here on a peer that says nothing for so long has gone: where it has promised to.
+    pub(crate) fn expect_something_within(&mut self, silence: Option<Duration>) {
+        self.speaks_within = silence;
     }
 
     /// Begins the handshake of the side that has connected.
@@ -173,7 +197,18 @@ impl Channel {
         let (end, cancel) = (self.end.clone(), self.cancel.clone());
         let kind = Kind::Socket;
         let security = self.session().map_or(Security::Plain, Security::Secret);
-        Channel { name, end, kind, cancel, bytes_in: 0, bytes_out: 0, apart: false, security }
+        Channel {
+            name,
+            end,
+            kind,
+            cancel,
+            bytes_in: 0,
+            bytes_out: 0,
+            apart: false,
+            takes_within: self.takes_within,
+            speaks_within: None,
+            security,
+        }
     }
 
     /// As one of a migration's connections, which [`Links::shut_down`] ends.
@@ -185,8 +220,9 @@ impl Channel {
 
     /// Waits until a write is likely to go through, for `timeout` at most.
     pub(crate) fn ready_to_send(&self, timeout: Option<Duration>) -> Result<Woken, Error> {
-        match self.wait(PollFlags::OUT, timeout) {
+        match self.wait(PollFlags::OUT, timeout.or(self.takes_within)) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
+            Ok(Woken::TimedOut) if timeout.is_none() => Err(self.silent(self.takes_within)),
             Ok(woken) => Ok(woken),
             Err(error) => Err(self.error(error, self.bytes_out)),
         }
@@ -368,6 +404,30 @@ impl Channel {
         }
     }
 
+    /// Fills all of `buffer` before `deadline`.
+    pub(crate) fn receive_all_until(
+        &mut self,
+        buffer: &mut [u8],
+        deadline: Instant,
+        what: &'static str,
+    ) -> Result<(), Error> {
+        let (begun, mut got) = (Instant::now(), 0);
+        while got < buffer.len() {
+            match self.receive_until(&mut buffer[got..], deadline)? {
+                Some(0) => {
+                    let (channel, offset) = (self.name, self.bytes_in);
+                    return Err(Error::Ended { channel, offset, expected: what.into() });
+                }
+                Some(bytes) => got += bytes,
+                None => {
+                    let limit = deadline.saturating_duration_since(begun);
+                    return Err(Error::Silent { channel: self.name, limit });
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Waits for the descriptor, or the end of all waiting.
     fn wait(&self, ready: PollFlags, timeout: Option<Duration>) -> io::Result<Woken> {
         let fd = self.end.as_fd();
@@ -394,11 +454,17 @@ impl Channel {
     }
 
     fn wait_for(&self, ready: PollFlags, offset: u64) -> Result<(), Error> {
-        match self.wait(ready, None) {
+        let within = if ready == PollFlags::IN { self.speaks_within } else { self.takes_within };
+        match self.wait(ready, within) {
             Ok(Woken::Cancelled) => Err(Error::Cancelled),
-            Ok(Woken::Ready | Woken::TimedOut) => Ok(()),
+            Ok(Woken::TimedOut) => Err(self.silent(within)),
+            Ok(Woken::Ready) => Ok(()),
             Err(error) => Err(self.error(error, offset)),
         }
+    }
+
+    fn silent(&self, within: Option<Duration>) -> Error {
+        Error::Silent { channel: self.name, limit: within.unwrap_or_default() }
     }
 
     fn error(&self, source: io::Error, offset: u64) -> Error {

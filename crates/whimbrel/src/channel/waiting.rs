@@ -101,6 +101,23 @@ impl Waiting {
         self.channels.push((channel, since));
     }
 
+    /// When the oldest of them came.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        self.channels.first().map(|(_, since)| *since)
+    }
+
+    /// The same as [`wait`](Waiting::wait), also until one of `wake` can be read, and without saying
+    /// what ended it.
+    pub(super) fn wait_or(
+        &self,
+        listener: &Listener,
+        wake: &[BorrowedFd<'_>],
+        timeout: Option<Duration>,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
+        self.wait_for(listener, (wake, &[]), timeout, cancel).map(drop)
+    }
+
     /// Waits until one of them, or another one, may have something to say, a handshake has lasted
     /// too long, or one of `arrived` is closed by its peer; for `timeout` at most.
     ///
@@ -112,6 +129,16 @@ impl Waiting {
         timeout: Option<Duration>,
         cancel: &Cancel,
     ) -> Result<Woken, Error> {
+        self.wait_for(listener, (&[], arrived), timeout, cancel)
+    }
+
+    fn wait_for(
+        &self,
+        listener: &Listener,
+        (wake, arrived): (&[BorrowedFd<'_>], &[BorrowedFd<'_>]),
+        timeout: Option<Duration>,
+        cancel: &Cancel,
+    ) -> Result<Woken, Error> {
         let now = Instant::now();
         let channels = || self.channels.iter().map(|(channel, _)| channel);
         let handshakes = channels().filter_map(Channel::handshake_deadline).min();
@@ -119,7 +146,7 @@ impl Waiting {
         let room = self.until_room();
         let first =
             [timeout, handshakes, room].into_iter().flatten().min().unwrap_or(Duration::MAX);
-        let mut fds: Vec<_> = channels().map(AsFd::as_fd).collect();
+        let mut fds: Vec<_> = channels().map(AsFd::as_fd).chain(wake.iter().copied()).collect();
         fds.extend(listener.as_fd().filter(|_| room.is_none()));
         let woken = cancel.wait_any_or_close(&fds, arrived, first);
         match woken.map_err(Error::system("waiting for connections"))? {

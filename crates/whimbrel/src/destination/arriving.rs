@@ -86,6 +86,11 @@ impl<'a> Arriving<'a> {
         &self.complete
     }
 
+    /// Other channels have taken the places of all: what had been begun on those is begun anew.
+    pub(super) fn forget_begun(&self) {
+        self.begun.iter().for_each(|begun| begun.store(0, Ordering::SeqCst));
+    }
+
     fn look_whether_complete(&self) {
         if self.is_complete() {
             self.complete.set();

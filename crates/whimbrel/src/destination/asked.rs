@@ -142,6 +142,17 @@ impl Asked {
         }
     }
 
+    /// All requests that have no answer yet, the oldest first: for a source that knows of none.
+    pub(super) fn unanswered(&self) -> Vec<Request> {
+        let mut table = self.lock();
+        let since = |waiting: &Waiting| waiting.faults.first().map(|waiter| waiter.since);
+        let mut all: Vec<_> =
+            table.waiting.iter().map(|(request, waiting)| (since(waiting), *request)).collect();
+        all.sort_by_key(|(since, _)| *since);
+        table.waiting.values_mut().for_each(|waiting| waiting.again_after = ASK_AGAIN);
+        all.into_iter().map(|(_, request)| request).collect()
+    }
+
     /// Requests to be sent again, and how long to wait until the next look, if there is reason for
     /// one.
     pub(super) fn overdue(&self, now: Instant) -> (Vec<Request>, Option<Duration>) {

@@ -1,10 +1,11 @@
 //! The thread that reads which pages the guest touches, and asks for them. It alone writes to the
-//! return path.
+//! return path; and it lives as long as pages are missing, whatever becomes of the connections.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use whimbrel_ram::{Fault, TargetPage};
+use whimbrel_ram::{BlockIndex, Fault, TargetPage};
+use whimbrel_wire::return_path::{encode_bitmap_end, encode_bitmap_size};
 use whimbrel_wire::{BlockOffset, Name, ReturnMessage};
 
 use super::arriving::Arriving;
@@ -12,27 +13,48 @@ use super::asked::{ASK_AGAIN, Request};
 use super::outbox::Outbox;
 use crate::channel::Channel;
 use crate::error::Error;
+use crate::recovery::exchange::{Say, bitmap_words};
 use crate::source::setup::name;
 use crate::worker::{Cancel, Woken};
 
+/// What is gathered for one write, about.
+const WRITE: usize = 64 << 10;
+
 /// The thread's own.
 pub(super) struct Asking<'a> {
-    pub(super) arriving: &'a Arriving<'a>,
-    pub(super) outbox: &'a Outbox,
-    /// The return path.
-    pub(super) output: Channel,
+    arriving: &'a Arriving<'a>,
+    outbox: &'a Outbox,
     /// Ends its waits.
-    pub(super) stop: Cancel,
+    stop: Cancel,
     /// Set when nothing more is to be asked for.
-    pub(super) done: Cancel,
-    /// The block named last on the return path.
-    pub(super) last: Option<whimbrel_ram::BlockIndex>,
+    done: Cancel,
+    /// The return path, while there is one.
+    line: Option<Channel>,
+    /// Whether the source at its other end is to be asked for pages already.
+    asks: bool,
+    /// The block named last on it.
+    last: Option<BlockIndex>,
+    /// What is to be written.
+    bytes: Vec<u8>,
+    /// Requests that have to be asked, or asked again.
+    requests: Vec<Request>,
 }
 
-impl Asking<'_> {
-    /// Asks until `done` is set.
-    pub(super) fn run(mut self) -> Result<(), Error> {
-        let (mut faults, mut bytes, mut requests) = (Vec::new(), Vec::new(), Vec::new());
+impl<'a> Asking<'a> {
+    pub(super) fn new(
+        arriving: &'a Arriving<'a>,
+        outbox: &'a Outbox,
+        stop: Cancel,
+        done: Cancel,
+    ) -> Asking<'a> {
+        let (line, last) = (None, None);
+        let (bytes, requests) = (Vec::new(), Vec::new());
+        Asking { arriving, outbox, stop, done, line, asks: false, last, bytes, requests }
+    }
+
+    /// Asks until `done` is set. `broken` is told of a return path that cannot be written to.
+    pub(super) fn run(mut self, broken: &dyn Fn(Error)) -> Result<(), Error> {
+        let mut faults = Vec::new();
         let mut look_at: Option<Instant> = None;
         loop {
             self.arriving
@@ -41,30 +63,29 @@ impl Asking<'_> {
                 .map_err(Error::system("reading page faults"))?;
             let now = Instant::now();
             for fault in faults.drain(..) {
-                requests.extend(self.fault(&fault, now)?);
+                let request = self.fault(&fault, now)?;
+                self.requests.extend(request.filter(|_| self.asks));
             }
-            if look_at.is_some_and(|at| now >= at) {
+            if self.asks && look_at.is_some_and(|at| now >= at) {
                 let (again, next) = self.arriving.asked.overdue(now);
-                requests.extend(again);
+                self.requests.extend(again);
                 look_at = next.map(|next| now + next);
             }
-            for request in &requests {
-                self.encode(*request, &mut bytes)?;
-            }
-            self.outbox.take(&mut bytes);
-            if !bytes.is_empty() {
-                self.output.send_bytes(&bytes)?;
-                bytes.clear();
-                if !requests.is_empty() {
-                    self.arriving.asked.written(&requests);
-                    requests.clear();
+            match self.write() {
+                Ok(true) => {
                     look_at.get_or_insert(now + ASK_AGAIN);
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    self.hang_up();
+                    broken(error);
                 }
             }
             if self.done.is_set() {
                 return Ok(());
             }
-            let wait = look_at.map_or(Duration::MAX, |at| at.saturating_duration_since(now));
+            let wait = look_at.filter(|_| self.asks);
+            let wait = wait.map_or(Duration::MAX, |at| at.saturating_duration_since(now));
             let woken = self
                 .stop
                 .wait_any(
@@ -76,6 +97,81 @@ impl Asking<'_> {
                 return Err(Error::Cancelled);
             }
         }
+    }
+
+    /// Writes what there is to be written; says whether something was asked for.
+    fn write(&mut self) -> Result<bool, Error> {
+        let news = self.outbox.take();
+        if let Some(line) = news.line {
+            self.hang_up();
+            self.line = line;
+        }
+        if self.line.is_none() {
+            return Ok(false);
+        }
+        // The oldest wait first.
+        let mut asked = self.ask()?;
+        for say in news.say {
+            match say {
+                Say::Words(words) => self.bytes.extend_from_slice(&words),
+                Say::Bitmap(block) => self.say_bitmap(block)?,
+                Say::Requests => {
+                    self.asks = true;
+                    self.requests = self.arriving.asked.unanswered();
+                    asked |= self.ask()?;
+                }
+            }
+            if self.bytes.len() >= WRITE {
+                asked |= self.flush()?;
+            }
+        }
+        Ok(self.flush()? || asked)
+    }
+
+    /// Appends the requests to what is to be written, and says so if there are any.
+    fn ask(&mut self) -> Result<bool, Error> {
+        for at in 0..self.requests.len() {
+            self.encode(self.requests[at])?;
+        }
+        match self.requests.is_empty() {
+            true => Ok(false),
+            false => self.flush(),
+        }
+    }
+
+    /// Writes; says whether there were requests in it.
+    fn flush(&mut self) -> Result<bool, Error> {
+        let Some(line) = &mut self.line else { return Ok(false) };
+        if !self.bytes.is_empty() {
+            line.send_bytes(&self.bytes)?;
+            self.bytes.clear();
+        }
+        let asked = !self.requests.is_empty();
+        if asked {
+            self.arriving.asked.written(&self.requests);
+            self.requests.clear();
+        }
+        Ok(asked)
+    }
+
+    /// The return path is gone, or another one.
+    fn hang_up(&mut self) {
+        (self.line, self.asks, self.last) = (None, false, None);
+        self.bytes.clear();
+        self.requests.clear();
+    }
+
+    fn say_bitmap(&mut self, block: BlockIndex) -> Result<(), Error> {
+        let absent = self.arriving.absent;
+        ReturnMessage::RecvBitmap(name(absent.ram().block(block).name())?).encode(&mut self.bytes);
+        let words = bitmap_words(absent.ram(), block);
+        encode_bitmap_size(words as u64 * 8, &mut self.bytes);
+        self.bytes.reserve(words * 8);
+        for word in absent.received().words(block) {
+            self.bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        encode_bitmap_end(&mut self.bytes);
+        Ok(())
     }
 
     /// What has to be asked for because of a fault.
@@ -97,7 +193,7 @@ impl Asking<'_> {
         Ok(request)
     }
 
-    fn encode(&mut self, request: Request, bytes: &mut Vec<u8>) -> Result<(), Error> {
+    fn encode(&mut self, request: Request) -> Result<(), Error> {
         let start = BlockOffset(request.start);
         let unit = self.arriving.asked.unit(request.block).bytes();
         let len = u32::try_from(unit).expect("a page is smaller than 4 GiB");
@@ -108,7 +204,7 @@ impl Asking<'_> {
                 ReturnMessage::RequestPagesOf { block, start, len }
             }
         };
-        message.encode(bytes);
+        message.encode(&mut self.bytes);
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE};
+use whimbrel_wire::recovery::Identity;
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
     MainOptions, RamDiscard, RamRecord, ReturnMessage, xbzrle,
@@ -108,6 +109,8 @@ pub(crate) struct Incoming {
     /// A postcopy of RAM may follow.
     advised: bool,
     agreed: Features,
+    /// What makes the migration itself, where it comes from a whimbrel.
+    identity: Option<Identity>,
     setup: Option<Setup>,
 }
 
@@ -140,6 +143,7 @@ impl Incoming {
             placed: Arc::default(),
             advised: false,
             agreed: Features::default(),
+            identity: None,
             setup: None,
         }
     }
@@ -228,6 +232,7 @@ impl Incoming {
             early: self.sections.take(),
             len: package,
             channels,
+            identity: self.identity,
         };
         postcopy::run(begun, host, terms)
     }
@@ -394,6 +399,10 @@ impl Incoming {
                 Ok(())
             }
             Command::RamDiscard(discard) => self.discard(&discard),
+            Command::Identity(identity) if self.agreed.has(Features::RECOVERS) => {
+                self.identity = Some(identity);
+                Ok(())
+            }
             Command::SwitchoverStart => Ok(()),
             other => Err(unsupported(other.name())),
         }

@@ -7,6 +7,7 @@ use whimbrel_ram::kernel_copy::Scatter;
 use whimbrel_ram::{RamBlock, TARGET_PAGE};
 use whimbrel_wire::{Decoded, DeviceState, MainDecoder, MainOptions};
 
+use super::buffer::Buffer;
 use crate::channel::{Channel, tls};
 use crate::error::Error;
 
@@ -20,15 +21,23 @@ pub(super) const BUFFER: usize = 512 << 10;
 pub(crate) struct Input {
     channel: Channel,
     decoder: MainDecoder,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
+    buffer: Buffer,
 }
 
 impl Input {
     pub(crate) fn new(channel: Channel, decoder: MainDecoder) -> Input {
-        let buffer = vec![0; BUFFER].into_boxed_slice();
-        Input { channel, decoder, buffer, start: 0, end: 0 }
+        Input { channel, decoder, buffer: Buffer::new(BUFFER) }
+    }
+
+    /// `channel` takes the place of a broken one, in a recovery.
+    pub(super) fn reconnect(&mut self, channel: Channel) -> Result<(), Error> {
+        let fresh = MainDecoder::new(MainOptions::default());
+        let decoder = std::mem::replace(&mut self.decoder, fresh).reconnected();
+        self.decoder = decoder
+            .map_err(|kind| Error::Refused(format!("main channel, in a recovery: {kind}")))?;
+        self.channel = channel;
+        (self.start, self.end) = (0, 0);
+        Ok(())
     }
 
     pub(crate) fn channel(&mut self) -> &mut Channel {
@@ -50,20 +59,18 @@ impl Input {
         mut answer: impl FnMut(&mut Channel, u32) -> Result<(), Error>,
     ) -> Result<Option<Decoded>, Error> {
         loop {
-            let (used, decoded) = self
-                .decoder
-                .decode(&self.buffer[self.start..self.end])
-                .map_err(|source| self.wrong(source))?;
-            self.start += used;
+            let (used, decoded) =
+                self.decoder.decode(self.buffer.held()).map_err(|source| self.wrong(source))?;
+            self.buffer.take(used);
             let Decoded::NeedMore(_) = decoded else { return Ok(Some(decoded)) };
             // The decoder may have taken the first part of something, and not have seen the rest.
-            if used > 0 && self.start < self.end {
+            if used > 0 && !self.buffer.is_empty() {
                 continue;
             }
             if let Some(ping) = self.decoder.waiting_ping() {
                 answer(&mut self.channel, ping)?;
             }
-            if self.fill()? == 0 {
+            if self.buffer.fill(&mut self.channel)? == 0 {
                 return Ok(None);
             }
         }
@@ -71,29 +78,10 @@ impl Input {
 
     /// What was received means nothing.
     fn wrong(&self, source: whimbrel_wire::Error) -> Error {
-        let first = &self.buffer[self.start..self.end];
-        match self.decoder.offset() == 0 && tls::is_spoken_by(first) {
+        match self.decoder.offset() == 0 && tls::is_spoken_by(self.buffer.held()) {
             true => Error::Tls { channel: self.channel.name(), reason: tls::UNEXPECTED.into() },
             false => Error::Protocol { channel: self.channel.name(), source },
         }
-    }
-
-    /// Reads once what is there; 0 at the end of the stream, `None` when nothing is.
-    fn try_fill(&mut self) -> Result<Option<usize>, Error> {
-        let mut pieces = Scatter::new();
-        pieces.push_buffer(make_room(&mut self.buffer, &mut self.start, &mut self.end));
-        let bytes = self.channel.try_receive(&mut pieces)?;
-        self.end += bytes.unwrap_or(0);
-        Ok(bytes)
-    }
-
-    /// Reads once; 0 at the end of the stream.
-    fn fill(&mut self) -> Result<usize, Error> {
-        let mut pieces = Scatter::new();
-        pieces.push_buffer(make_room(&mut self.buffer, &mut self.start, &mut self.end));
-        let bytes = self.channel.receive(&mut pieces)?;
-        self.end += bytes;
-        Ok(bytes)
     }
 
     /// The stream has ended: gives the devices of a QEMU that describes none, if that is how it
@@ -102,21 +90,20 @@ impl Input {
         let decoder =
             std::mem::replace(&mut self.decoder, MainDecoder::new(MainOptions::default()));
         decoder
-            .close(&self.buffer[self.start..self.end])
+            .close(self.buffer.held())
             .map_err(|source| Error::Protocol { channel: self.channel.name(), source })
     }
 
     /// The stream ended where something more had to come.
     pub(crate) fn ended(&self, expected: impl Into<String>) -> Error {
-        let offset = self.decoder.offset() + (self.end - self.start) as u64;
+        let offset = self.decoder.offset() + self.buffer.len() as u64;
         Error::Ended { channel: self.channel.name(), offset, expected: expected.into() }
     }
 
     /// Takes the page that follows into `block` at `offset`.
     pub(crate) fn take_page(&mut self, block: &RamBlock, offset: u64) -> Result<(), Error> {
-        let here = (self.end - self.start).min(PAGE);
-        block.write(offset, &self.buffer[self.start..self.start + here])?;
-        self.start += here;
+        let here = self.buffer.len().min(PAGE);
+        block.write(offset, self.buffer.take(here))?;
         self.rest_of_page(block, offset, here)
     }
 
@@ -143,19 +130,18 @@ impl Input {
 
     /// What is held, when it is less than `bytes`.
     pub(super) fn held_below(&self, bytes: usize) -> Option<&[u8]> {
-        Some(&self.buffer[self.start..self.end]).filter(|held| held.len() < bytes)
+        Some(self.buffer.held()).filter(|held| held.len() < bytes)
     }
 
     /// What was held has been copied elsewhere.
     pub(super) fn forget_held(&mut self) {
-        (self.start, self.end) = (0, 0);
+        self.buffer.set(&[]);
     }
 
     /// Bytes that were received elsewhere are the next to be decoded; nothing is held.
     pub(super) fn put_back(&mut self, bytes: &[u8]) {
-        assert_eq!(self.start, self.end, "nothing else is held");
-        (self.start, self.end) = (0, bytes.len());
-        self.buffer[..bytes.len()].copy_from_slice(bytes);
+        assert!(self.buffer.is_empty(), "nothing else is held");
+        self.buffer.set(bytes);
     }
 
     /// One `read` into other places than the buffer.
@@ -185,7 +171,7 @@ impl Input {
         mut wait: impl FnMut(BorrowedFd<'_>) -> Result<(), Error>,
     ) -> Result<bool, Error> {
         while !self.holds(bytes) {
-            match self.try_fill()? {
+            match self.buffer.try_fill(&mut self.channel)? {
                 Some(0) => return Ok(false),
                 Some(_) => {}
                 None => wait(self.channel.as_fd())?,
@@ -196,7 +182,7 @@ impl Input {
 
     /// Whether so many bytes are held.
     pub(super) fn holds(&self, bytes: usize) -> bool {
-        self.end - self.start >= bytes
+        self.buffer.len() >= bytes
     }
 
     /// Takes `len` bytes that follow, when all of them are held.
@@ -204,10 +190,8 @@ impl Input {
         if !self.holds(len) {
             return None;
         }
-        let from = self.start;
-        self.start += len;
         self.decoder.payload_taken(len as u64);
-        Some(&self.buffer[from..from + len])
+        Some(self.buffer.take(len))
     }
 
     /// Takes bytes that follow, of `what`, until `out` is full.
@@ -235,19 +219,11 @@ impl Input {
     }
 
     fn take_some(&mut self, out: &mut [u8], what: &str) -> Result<usize, Error> {
-        if self.start == self.end && self.fill()? == 0 {
+        if self.buffer.is_empty() && self.buffer.fill(&mut self.channel)? == 0 {
             return Err(self.ended(format!("{} bytes more of {what}", out.len())));
         }
-        let here = (self.end - self.start).min(out.len());
-        out[..here].copy_from_slice(&self.buffer[self.start..self.start + here]);
-        self.start += here;
+        let here = self.buffer.len().min(out.len());
+        out[..here].copy_from_slice(self.buffer.take(here));
         Ok(here)
     }
-}
-
-/// Moves what is held in `start..end` to the front of the buffer; gives the room behind it.
-fn make_room<'b>(buffer: &'b mut [u8], start: &mut usize, end: &mut usize) -> &'b mut [u8] {
-    buffer.copy_within(*start..*end, 0);
-    (*start, *end) = (0, *end - *start);
-    &mut buffer[*end..]
 }

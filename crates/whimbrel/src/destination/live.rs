@@ -12,6 +12,8 @@ use crate::error::Error;
 use crate::global_state;
 use crate::guest::Guest;
 use crate::loaders::Loaders;
+use crate::objects::Router;
+use crate::recovery::WayOn;
 use crate::report::{EndsFailed, Report};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
@@ -25,12 +27,16 @@ pub(crate) struct Job {
     pub(crate) capabilities: Capabilities,
     /// How many multifd channels there are.
     pub(crate) multifd: u8,
+    /// Shared with the control side: most parameters can be changed while the migration runs.
+    pub(crate) router: Router,
     /// Whether the guest is to run at once when it did at the source.
     pub(crate) autostart: bool,
     pub(crate) report: Arc<Report>,
     pub(crate) cancel: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     pub(crate) links: Links,
+    /// `migrate-recover`.
+    pub(crate) recover: Arc<WayOn<Listener>>,
 }
 
 impl Job {
@@ -38,6 +44,16 @@ impl Job {
         if self.report.set_status(status) {
             self.guest.emit(&Event::Migration(status));
         }
+    }
+
+    /// How a migration in postcopy stands now, and why it is paused.
+    fn stands(&self, status: MigrationStatus, reason: Option<&Error>) {
+        match reason {
+            Some(reason) => self.report.set_error(reason.text_of_pause()),
+            None if status == MigrationStatus::PostcopyActive => self.report.forget_error(),
+            None => {}
+        }
+        self.set_status(status);
     }
 
     /// Multifd channels always say which VM they are of, as far as it has a UUID.
@@ -71,6 +87,7 @@ pub(crate) fn run(job: &Job, listener: Listener) {
 }
 
 fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
+    let listener = Arc::new(listener);
     let arrivals = Arrivals::wait(&listener, job.multifd, &job.cancel)?;
     job.report.forget_error(); // It was that of a connection that was turned away.
     job.check_uuid(&arrivals)?;
@@ -107,8 +124,12 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
             let terms = Terms {
                 report: &job.report,
                 links: &job.links,
-                urgent: preempt.then_some(&listener),
+                listener: listener.clone(),
+                preempt,
                 blocktime: job.capabilities.has(Capability::PostcopyBlocktime),
+                parameters: &|| job.router.parameters(),
+                recover: Some(&job.recover),
+                stands: &|status, reason| job.stands(status, reason),
             };
             job.set_status(MigrationStatus::PostcopyDevice);
             match incoming.receive_rest(package, &mut waiting, &terms) {
@@ -130,7 +151,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     Ok(())
 }
 
-/// The guest runs, and the rest of its RAM does not come: it goes on until it touches that.
+/// The guest runs, and the rest of its RAM does not come any more: it goes on until it touches that.
 fn pause(job: &Job, error: &Error, absent: AbsentRam) {
     job.report.set_error(error.text_of_pause());
     job.set_status(MigrationStatus::PostcopyPaused);
@@ -242,7 +263,10 @@ impl Host for Waiting<'_> {
 
     fn run(&mut self) -> Result<(), Error> {
         self.start()?;
-        self.job.set_status(MigrationStatus::PostcopyActive);
+        // The link may have broken meanwhile.
+        if self.job.report.status() == MigrationStatus::PostcopyDevice {
+            self.job.set_status(MigrationStatus::PostcopyActive);
+        }
         Ok(())
     }
 

@@ -1,49 +1,47 @@
 //! Postcopy: the guest runs here, and the rest of its RAM follows.
 //!
-//! `dest/main` goes on reading the main channel, `dest/urgent` the urgent one; `dest/fault` asks
-//! for what the guest touches; `dest/load` loads the devices and runs the guest, so that pages can
-//! come meanwhile; `dest/restore` makes huge pages of small ones. Whichever fails first breaks all
-//! connections, and its reason is the one told.
+//! What comes on the connections is taken in by a [`session`]; when they break, another one takes
+//! its place ([`recover`](super::recover)). As long as pages are missing, whatever becomes of the
+//! connections, live: `dest/fault`, which asks for what the guest touches; `dest/load`, which loads
+//! the devices and runs the guest, so that pages can come meanwhile; `dest/restore`, which makes huge
+//! pages of small ones; and `dest/door`, which looks who comes back.
+//!
+//! [`session`]: super::session
 
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::event::PollFlags;
 use whimbrel_ram::{AbsentRam, PageSize, Received, Split, TARGET_PAGE};
-use whimbrel_wire::{
-    BlockList, Command, Decoded, DeviceSection, DeviceState, Package, RamRecord, ReturnMessage,
-};
+use whimbrel_wire::recovery::Identity;
+use whimbrel_wire::{BlockList, Command, DeviceSection, DeviceState, Package, ReturnMessage};
 
 use super::arriving::{Arriving, Via};
 use super::asked::Asked;
-use super::assembly::Assembly;
 use super::blocktime::Blocktime;
+use super::door::Door;
 use super::fault::Asking;
 use super::incoming::{Devices, Host};
 use super::input::Input;
 use super::multifd::PacketInput;
 use super::outbox::Outbox;
-use super::urgent::{self, Urgent};
-use super::{rest, restore};
+use super::recover::{ComingBack, Stands};
+use super::restore;
+use super::session::{Beside, Ends, Session};
 use crate::channel::Listener;
 use crate::error::Error;
 use crate::hello::Features;
+use crate::recovery::exchange::Say;
+use crate::recovery::proofs::Proofs;
+use crate::recovery::{self, WayOn};
 use crate::report::Report;
+use crate::settings::Parameters;
 use crate::worker::{Cancel, Links, Role, Woken, scoped};
 
 /// The last command of a package.
-const RUN: usize = 5;
-
-/// How long nothing may arrive, when the source has sent everything and pages are still missing.
-const SILENCE: Duration = Duration::from_secs(30);
-
-/// How long RUN, which may be on its way, is waited for when another channel has failed.
-const RUN_MAY_COME: Duration = Duration::from_secs(1);
-
-/// How long devices whose guest was given to us may take to load when pages come no more.
-const LOADING: Duration = Duration::from_secs(5);
+pub(super) const RUN: usize = 5;
 
 /// What becomes of the guest: of the two that follow, the first to be said.
 const UNDECIDED: u8 = 0;
@@ -56,10 +54,18 @@ const GIVEN_UP: u8 = 2;
 pub(crate) struct Terms<'a> {
     pub(crate) report: &'a Report,
     pub(crate) links: &'a Links,
-    /// Where the urgent channel comes, with capability `postcopy-preempt`.
-    pub(crate) urgent: Option<&'a Listener>,
+    /// Where the source connects to.
+    pub(crate) listener: Arc<Listener>,
+    /// Capability `postcopy-preempt`: the urgent channel comes there, too.
+    pub(crate) preempt: bool,
     /// Capability `postcopy-blocktime`.
     pub(crate) blocktime: bool,
+    /// They may change meanwhile.
+    pub(crate) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    /// `migrate-recover`; `None` where nobody can say that.
+    pub(crate) recover: Option<&'a WayOn<Listener>>,
+    /// Is told how the migration stands.
+    pub(crate) stands: &'a Stands<'a>,
 }
 
 /// The stream up to the package.
@@ -78,6 +84,8 @@ pub(super) struct Begun<'i> {
     pub(super) len: u32,
     /// Multifd channels. Where they do not go on they stay open to the end, as QEMU has it.
     pub(super) channels: Vec<PacketInput>,
+    /// What a source has to know that comes back, where it is a whimbrel.
+    pub(super) identity: Option<Identity>,
 }
 
 /// How it failed.
@@ -90,76 +98,86 @@ pub(crate) enum Failed {
 }
 
 /// What the threads have in common.
-struct Shared<'a> {
-    links: &'a Links,
-    /// Ends the waits of all threads but `dest/main`, which heeds the links.
-    stop: Cancel,
-    /// All went well: what ends now, ends because it is told to.
-    over: AtomicBool,
-    outbox: Outbox,
+pub(super) struct Shared {
+    pub(super) outbox: Outbox,
     /// Set when RUN has come.
-    run: Cancel,
-    /// Set when the devices are loaded, or could not be.
+    pub(super) run: Cancel,
+    /// Set when the devices are loaded.
     loaded: Cancel,
+    /// Ends the waits of the threads that outlive a set of connections.
+    end: Cancel,
     /// What becomes of the guest.
     fate: AtomicU8,
-    /// Why it fails, told by the first thread that knew.
-    reason: Mutex<Option<Error>>,
+    /// The connections there are now.
+    session: Mutex<Option<Arc<Ends>>>,
+    /// Why no other connections can help.
+    fatal: Mutex<Option<Error>>,
 }
 
-impl<'a> Shared<'a> {
-    fn new(links: &'a Links) -> Result<Shared<'a>, Error> {
+impl Shared {
+    fn new() -> Result<Shared, Error> {
         let make = || {
             Ok(Shared {
-                links,
-                stop: Cancel::new()?,
-                over: AtomicBool::new(false),
                 outbox: Outbox::new()?,
                 run: Cancel::new()?,
                 loaded: Cancel::new()?,
+                end: Cancel::new()?,
                 fate: AtomicU8::new(UNDECIDED),
-                reason: Mutex::default(),
+                session: Mutex::default(),
+                fatal: Mutex::default(),
             })
         };
         make().map_err(Error::system("making an eventfd"))
     }
 
-    /// Takes note of an error, and ends all others.
-    fn check<T>(&self, result: Result<T, Error>) -> Option<T> {
-        let checked = self.check_beside(result);
-        if checked.is_none() && !self.over.load(Ordering::SeqCst) {
-            self.links.break_now();
+    /// These are the connections from now on.
+    pub(super) fn attend(&self, ends: &Arc<Ends>) {
+        *self.session.lock().unwrap_or_else(PoisonError::into_inner) = Some(ends.clone());
+        if self.is_fatal() {
+            ends.end();
         }
-        checked
     }
 
-    /// The same of a thread beside the main channel, and the devices: as long as RUN has not come
-    /// it may be on its way, and then it must be heard. So `dest/main` ends by itself.
-    fn check_beside<T>(&self, result: Result<T, Error>) -> Option<T> {
+    fn session(&self) -> Option<Arc<Ends>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The connections are of no use any more.
+    fn fail_session(&self, error: Error) {
+        if let Some(session) = self.session() {
+            session.fail(error, self.run.is_set());
+        }
+    }
+
+    /// Takes note of an error of a thread that no other connections can help.
+    fn check<T>(&self, result: Result<T, Error>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
-            Err(_) if self.over.load(Ordering::SeqCst) => None,
+            Err(_) if self.end.is_set() => None,
             Err(error) => {
-                let mut reason = self.reason.lock().unwrap_or_else(PoisonError::into_inner);
-                reason.get_or_insert(error);
-                drop(reason);
-                self.stop.set();
-                if self.run.is_set() {
-                    self.links.break_now();
+                let mut fatal = self.fatal.lock().unwrap_or_else(PoisonError::into_inner);
+                fatal.get_or_insert(error);
+                drop(fatal);
+                if let Some(session) = self.session() {
+                    session.end();
                 }
                 None
             }
         }
     }
 
+    pub(super) fn is_fatal(&self) -> bool {
+        self.fatal.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn take_fatal(&self) -> Option<Error> {
+        self.fatal.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Says what becomes of the guest; false when something else was said before.
     fn decide(&self, fate: u8) -> bool {
         let before = (Ordering::SeqCst, Ordering::SeqCst);
         self.fate.compare_exchange(UNDECIDED, fate, before.0, before.1).is_ok()
-    }
-
-    fn take_reason(&self) -> Option<Error> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
@@ -178,10 +196,10 @@ pub(super) fn run(begun: Begun<'_>, host: &mut dyn Host, terms: &Terms<'_>) -> R
     let blocktime = Blocktime::new(terms.blocktime);
     let asked = Arc::new(Asked::new(&absent, units, blocktime));
     terms.report.set_faults(asked.clone());
-    let shared = Shared::new(terms.links).map_err(before)?;
+    let shared = Shared::new().map_err(before)?;
     let result = receive(begun, package, &absent, &asked, host, terms, &shared);
     let ran = shared.fate.load(Ordering::SeqCst) == RAN;
-    match shared.take_reason().or(result.err()) {
+    match shared.take_fatal().or(result.err()) {
         Some(reason) if !ran => Err(Failed::Before(reason)),
         Some(reason) if absent.received().missing() > 0 => {
             Err(Failed::After(reason, Box::new(absent)))
@@ -229,7 +247,7 @@ fn request_units(begun: &Begun<'_>, absent: &AbsentRam) -> Result<Box<[PageSize]
     Ok(units)
 }
 
-/// `dest/main`'s part, and the threads beside it.
+/// `dest/main`'s part, and the threads beside it that outlive a set of connections.
 fn receive(
     begun: Begun<'_>,
     package: Vec<u8>,
@@ -237,66 +255,73 @@ fn receive(
     asked: &Asked,
     host: &mut dyn Host,
     terms: &Terms<'_>,
-    shared: &Shared<'_>,
+    shared: &Shared,
 ) -> Result<(), Error> {
     let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
     let spawning = || Error::system("starting a thread");
+    let Begun { input, announced, blocks, early, own_machine, agreed, channels, identity, .. } =
+        begun;
     let links = terms.links.current();
-    let Begun { input, announced, blocks, early, own_machine, agreed, channels, .. } = begun;
     let arriving = Arriving::new(absent, asked, blocks, new_cancel()?, channels.len());
-    let goes_on = agreed.has(Features::MULTIFD_GOES_ON) && !channels.is_empty();
+    let goes_on = agreed.has(Features::MULTIFD_GOES_ON);
     // Otherwise they stay open, and nothing comes.
     let (taken, _silent) = if goes_on { (channels, Vec::new()) } else { (Vec::new(), channels) };
+    let multifd = u8::try_from(taken.len()).expect("at most 255 channels");
     let (devices, pings) = devices(package, early, own_machine, input)?;
     input.channel().heed(links.clone());
-    let mut output = input.channel().other_direction("return path");
+    let mut line = input.channel().other_direction("return path");
     // Not what ends its other waits: at the end `dest/main` waits for this thread, which may be
     // waiting for a source that reads no answer.
-    output.heed(links.clone());
+    line.heed(links.clone());
+    shared.outbox.connect(line, vec![Say::Requests]);
+    let quiet = quiet(identity.as_ref(), &(terms.parameters)());
+    let proofs = identity.map(Proofs::of);
+    let listener = terms.listener.clone();
+    let door = Door::new(
+        listener,
+        terms.recover,
+        proofs.clone(),
+        terms.preempt,
+        (terms.links, terms.parameters),
+    )?;
     let done = new_cancel()?;
-    let asking = Asking {
-        arriving: &arriving,
-        outbox: &shared.outbox,
-        output,
-        stop: shared.stop.clone(),
-        done: done.clone(),
-        last: None,
-    };
-    thread::scope(|scope| {
+    let result = thread::scope(|scope| {
         let run = || {
-            let asking =
-                scoped(scope, Role::DestinationFault, || shared.check_beside(asking.run()))
-                    .map_err(spawning())?;
-            if let Some(listener) = terms.urgent {
-                let arriving = &arriving;
-                let body = move || {
-                    shared.check_beside(take_urgent(listener, announced, arriving, &shared.stop))
-                };
-                scoped(scope, Role::DestinationUrgent, body).map_err(spawning())?;
-            }
-            for (mut channel, number) in taken.into_iter().zip(0u8..) {
-                channel.heed(shared.stop.clone());
-                let arriving = &arriving;
-                let body = move || shared.check_beside(rest::run(channel, number, arriving));
-                scoped(scope, Role::DestinationReceive(number), body).map_err(spawning())?;
-            }
+            let asking = Asking::new(&arriving, &shared.outbox, shared.end.clone(), done.clone());
+            let ask = || shared.check(asking.run(&|error| shared.fail_session(error)));
+            let asking = scoped(scope, Role::DestinationFault, ask).map_err(spawning())?;
             if restore::is_of_use(absent) {
-                let body = || shared.check_beside(restore::run(absent, &shared.stop));
+                let body = || shared.check(restore::run(absent, &shared.end));
                 scoped(scope, Role::DestinationRestore, body).map_err(spawning())?;
             }
-            let body = move || {
-                let done = shared.check(load(devices, &pings, host, asked, shared));
-                shared.loaded.set();
-                done
-            };
+            let body = move || shared.check(load(devices, &pings, host, asked, shared));
             let loading = scoped(scope, Role::DestinationLoad, body).map_err(spawning())?;
-            take_run(input, &links, shared)?;
-            shared.run.set();
-            if shared.stop.is_set() {
-                return Err(Error::Cancelled); // Somebody has told why.
+            scoped(scope, Role::DestinationDoor, || door.run(&shared.end)).map_err(spawning())?;
+            let session =
+                Session::new(shared, &arriving, announced.clone(), &door, (links, quiet))?;
+            let urgent = terms.preempt.then_some(&*terms.listener);
+            let mut outcome = session.run(input, Beside::First { urgent, multifd: taken });
+            let mut coming_back = ComingBack {
+                shared,
+                arriving: &arriving,
+                announced,
+                door: &door,
+                proofs,
+                terms,
+                multifd,
+                quiet,
+            };
+            let run_apart = agreed.has(Features::RUN_APART) && terms.preempt;
+            while let Err(error) = outcome {
+                if arriving.is_complete() && shared.run.is_set() {
+                    break;
+                }
+                let gone = shared.run.is_set() || !run_apart || shared.loaded.is_set();
+                if shared.is_fatal() || !gone {
+                    return Err(error);
+                }
+                outcome = coming_back.run(input, error)?;
             }
-            take_pages(input, &arriving, &shared.outbox)?;
-            wait_for_all(&arriving, &links, terms.urgent.is_some() || goes_on)?;
             if !matches!(loading.join(), Ok(Some(()))) {
                 return Err(Error::Cancelled); // It has told why.
             }
@@ -306,14 +331,24 @@ fn receive(
             }
             Ok(())
         };
-        if shared.check(run()).is_none() {
-            give_up(absent, shared);
+        let result = run();
+        if result.is_err() && shared.decide(GIVEN_UP) {
+            // Loading the devices may be waiting for pages that do not come any more. Where it cannot
+            // be ended, whoever loads waits on.
+            let _ = absent.abandon();
         }
-        // The urgent channel is the source's to end, and it need not.
-        shared.over.store(true, Ordering::SeqCst);
-        shared.stop.set();
+        shared.end.set();
+        result
     });
-    Ok(())
+    result
+}
+
+/// How long the source may say nothing.
+fn quiet(identity: Option<&Identity>, parameters: &Parameters) -> Option<Duration> {
+    let promised = identity.map(|identity| identity.beat_ms).filter(|beat| *beat > 0)?;
+    let silence = recovery::silence(parameters)?;
+    // Four times it has said so little that once may have been lost.
+    Some(silence.max(Duration::from_millis(promised.into()) * 4))
 }
 
 /// The devices of a package, and the PINGs to be answered when they are loaded.
@@ -343,14 +378,15 @@ fn load(
     pings: &[u32],
     host: &mut dyn Host,
     asked: &Asked,
-    shared: &Shared<'_>,
+    shared: &Shared,
 ) -> Result<(), Error> {
     host.load_ahead(devices)?;
     for ping in pings {
         shared.outbox.push(&ReturnMessage::Pong(*ping))?;
     }
-    let links = shared.links.current();
-    let woken = links
+    shared.loaded.set();
+    let woken = shared
+        .end
         .wait(shared.run.as_fd(), PollFlags::IN, None)
         .map_err(Error::system("waiting for RUN"))?;
     // When RUN has come the guest is ours alone, whatever has become of the connection since.
@@ -362,149 +398,4 @@ fn load(
         return Err(Error::Cancelled);
     }
     host.run()
-}
-
-/// It has failed. A guest that was given to us runs all the same when its devices are loaded; but
-/// loading them may be waiting for pages that do not come any more, and that must end.
-fn give_up(absent: &AbsentRam, shared: &Shared<'_>) {
-    if shared.run.is_set() {
-        shared.links.wait_for_end_or(shared.loaded.as_fd(), LOADING);
-    }
-    if shared.decide(GIVEN_UP) {
-        // Where it cannot be ended, whoever loads waits on.
-        let _ = absent.abandon();
-    }
-}
-
-/// The last command of the package: from here on the guest is ours.
-fn take_run(input: &mut Input, links: &Cancel, shared: &Shared<'_>) -> Result<(), Error> {
-    let at = input.decoder().offset();
-    let mut until: Option<Instant> = None;
-    // The end of the stream is told below.
-    input.hold(RUN, |main| {
-        if until.is_none() {
-            let woken = links.wait_any(&[main, shared.stop.as_fd()], Duration::MAX);
-            let woken = woken.map_err(Error::system("waiting for RUN"))?;
-            if woken == Woken::Cancelled {
-                return Err(Error::Cancelled);
-            }
-            if !shared.stop.is_set() {
-                return Ok(());
-            }
-        }
-        // It has failed elsewhere.
-        let left = until.get_or_insert_with(|| Instant::now() + RUN_MAY_COME);
-        let left = left.saturating_duration_since(Instant::now());
-        match links.wait(main, PollFlags::IN, Some(left)) {
-            Ok(Woken::Ready) => Ok(()),
-            Ok(Woken::Cancelled | Woken::TimedOut) => Err(Error::Cancelled),
-            Err(error) => Err(Error::system("waiting for RUN")(error)),
-        }
-    })?;
-    let mut run = Vec::with_capacity(RUN);
-    Command::PostcopyRun.encode(&mut run);
-    match input.take_many(RUN, "RUN, the end of the package")? {
-        found if found == run => Ok(()),
-        _ => Err(Error::Refused(format!(
-            "main channel, byte {at}: the package ends in something else than POSTCOPY_RUN"
-        ))),
-    }
-}
-
-/// The body of `dest/urgent`.
-fn take_urgent(
-    listener: &Listener,
-    announced: Arc<BlockList>,
-    arriving: &Arriving<'_>,
-    stop: &Cancel,
-) -> Result<(), Error> {
-    let channel = listener.accept("urgent", stop)?;
-    match Urgent::new(channel, announced, arriving).run(arriving) {
-        // A source may close it when it has sent all: QEMU does, without a word.
-        Err(Error::Truncated { .. }) if arriving.is_complete() => Ok(()),
-        Err(error) => Err(error),
-        Ok(urgent::Ended::Closed) if !arriving.is_complete() => Err(Error::Refused(
-            "urgent channel: the source closed it before every page had come".into(),
-        )),
-        Ok(urgent::Ended::Closed | urgent::Ended::Mark) => Ok(()),
-    }
-}
-
-/// The rest of the main channel.
-fn take_pages(input: &mut Input, arriving: &Arriving<'_>, outbox: &Outbox) -> Result<(), Error> {
-    let mut assembly = Assembly::new(arriving, Via::Main);
-    let mut content = [0; TARGET_PAGE.bytes()];
-    loop {
-        if !input.holds(PAGE_RECORD) {
-            // What comes next may have to be waited for.
-            assembly.place_run()?;
-        }
-        let read = Instant::now();
-        match input.next(|_, _| Ok(()))? {
-            Some(Decoded::Ram(RamRecord::PageFollows { block, offset, .. })) => {
-                let block = arriving.block(block);
-                match input.take_held(content.len()) {
-                    Some(held) => assembly.page(block, offset.0, held, read)?,
-                    None => {
-                        input.take_bytes(&mut content, "a page")?;
-                        assembly.page(block, offset.0, &content, read)?;
-                    }
-                }
-            }
-            Some(Decoded::Ram(RamRecord::Zero { block, offset })) => {
-                assembly.zero(arriving.block(block), offset.0, read)?;
-            }
-            Some(Decoded::Command(Command::Ping(value))) => {
-                outbox.push(&ReturnMessage::Pong(value))?;
-            }
-            Some(Decoded::Eof) => return assembly.finish(),
-            Some(
-                Decoded::Ram(RamRecord::EndOfSection)
-                | Decoded::SectionPart(_)
-                | Decoded::SectionEnd(_)
-                | Decoded::Footer(_),
-            ) => {}
-            Some(other) => {
-                return Err(Error::Refused(format!(
-                    "main channel, before byte {}: {other:?} has no meaning in postcopy",
-                    input.decoder().offset()
-                )));
-            }
-            None => return Err(input.ended("the rest of RAM")),
-        }
-    }
-}
-
-/// A page and its record, as most of them are.
-const PAGE_RECORD: usize = TARGET_PAGE.bytes() + 8;
-
-/// The source has sent everything: what is still on its way on the urgent channel comes soon.
-fn wait_for_all(arriving: &Arriving<'_>, links: &Cancel, beside_urgent: bool) -> Result<(), Error> {
-    let mut missing = arriving.absent.received().missing();
-    // Without another channel there is nothing to wait for.
-    let patience = if beside_urgent { SILENCE } else { Duration::ZERO };
-    loop {
-        let woken = links
-            .wait(arriving.complete().as_fd(), PollFlags::IN, Some(patience))
-            .map_err(Error::system("waiting for the last pages"))?;
-        let left = arriving.absent.received().missing();
-        match woken {
-            Woken::Ready => return Ok(()),
-            Woken::Cancelled => return Err(Error::Cancelled),
-            Woken::TimedOut if left < missing => missing = left,
-            Woken::TimedOut => {
-                let elsewhere = match beside_urgent {
-                    true => "",
-                    false => {
-                        "; a source with capability postcopy-preempt on sends some on a second \
-                         connection, which is not waited for here: set the same on both sides"
-                    }
-                };
-                return Err(Error::Refused(format!(
-                    "main channel: the source has sent everything, and {left} pages never came\
-                     {elsewhere}"
-                )));
-            }
-        }
-    }
 }

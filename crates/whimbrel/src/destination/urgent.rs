@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use whimbrel_ram::TARGET_PAGE;
-use whimbrel_ram::kernel_copy::Scatter;
 use whimbrel_wire::{BlockList, RamRecord, RecordDecoded, RecordDecoder, RecordFormat, TargetPage};
 
 use super::arriving::{Arriving, Via};
 use super::assembly::Assembly;
+use super::buffer::Buffer;
 use crate::channel::Channel;
 use crate::error::Error;
 
@@ -32,9 +32,7 @@ pub(super) struct Urgent<'a> {
     channel: Channel,
     decoder: RecordDecoder,
     assembly: Assembly<'a>,
-    buffer: Box<[u8]>,
-    start: usize,
-    end: usize,
+    buffer: Buffer,
     /// When the first byte that is not decoded yet was read.
     read: Instant,
 }
@@ -49,9 +47,7 @@ impl<'a> Urgent<'a> {
             channel,
             decoder: RecordDecoder::new(blocks, TargetPage::FOUR_KIB, RecordFormat::Postcopy),
             assembly: Assembly::new(arriving, Via::Urgent),
-            buffer: vec![0; BUFFER].into_boxed_slice(),
-            start: 0,
-            end: 0,
+            buffer: Buffer::new(BUFFER),
             read: Instant::now(),
         }
     }
@@ -61,29 +57,28 @@ impl<'a> Urgent<'a> {
         loop {
             let (used, decoded) = self
                 .decoder
-                .decode(&self.buffer[self.start..self.end])
+                .decode(self.buffer.held())
                 .map_err(|source| Error::Protocol { channel: Via::Urgent.name(), source })?;
-            self.start += used;
+            self.buffer.take(used);
             match decoded {
                 RecordDecoded::NeedMore(_) => {
                     self.assembly.place_run()?;
                     if !self.fill()? {
-                        return match self.start == self.end {
+                        return match self.buffer.is_empty() {
                             true => self.assembly.finish().map(|()| Ended::Closed),
                             false => Err(self.ended("the rest of a record")),
                         };
                     }
                 }
                 RecordDecoded::Record(RamRecord::PageFollows { block, offset, .. }) => {
-                    while self.end - self.start < PAGE {
+                    while self.buffer.len() < PAGE {
                         self.assembly.place_run()?;
                         if !self.fill()? {
                             return Err(self.ended("the rest of a page"));
                         }
                     }
-                    let content = &self.buffer[self.start..self.start + PAGE];
+                    let content = self.buffer.take(PAGE);
                     self.assembly.page(arriving.block(block), offset.0, content, self.read)?;
-                    self.start += PAGE;
                     self.decoder.payload_taken(PAGE);
                 }
                 RecordDecoded::Record(RamRecord::Zero { block, offset }) => {
@@ -107,22 +102,16 @@ impl<'a> Urgent<'a> {
 
     /// Reads once; false at the end of the stream.
     fn fill(&mut self) -> Result<bool, Error> {
-        self.buffer.copy_within(self.start..self.end, 0);
-        self.end -= self.start;
-        self.start = 0;
-        let mut pieces = Scatter::new();
-        pieces.push_buffer(&mut self.buffer[self.end..]);
-        let bytes = self.channel.receive(&mut pieces)?;
-        drop(pieces);
-        if self.end == 0 {
+        let was_empty = self.buffer.is_empty();
+        let bytes = self.buffer.fill(&mut self.channel)?;
+        if was_empty {
             self.read = Instant::now();
         }
-        self.end += bytes;
         Ok(bytes > 0)
     }
 
     fn ended(&self, expected: &str) -> Error {
-        let offset = self.decoder.offset() + (self.end - self.start) as u64;
+        let offset = self.decoder.offset() + self.buffer.len() as u64;
         Error::Ended { channel: Via::Urgent.name(), offset, expected: expected.into() }
     }
 }

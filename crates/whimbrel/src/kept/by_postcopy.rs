@@ -9,13 +9,14 @@ use super::supply::Supply;
 use super::{KeptVm, machine};
 use crate::address::Address;
 use crate::error::Error;
-use crate::settings::Parameters;
+use crate::settings::{AutoRecover, Parameters};
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
+use crate::source::recover::Ways;
 use crate::source::setup::PINGS_AT_SETUP;
 use crate::status::MigrationStatus;
 
 /// How a kept VM goes by postcopy.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct ByPostcopy {
     /// The destination has capability `postcopy-preempt` on: what the guest waits for goes on a
     /// connection of its own.
@@ -25,6 +26,25 @@ pub struct ByPostcopy {
     pub page_sizes: Vec<(String, PageSize)>,
     /// Bytes a second that nobody asked for (`max-postcopy-bandwidth`); 0 is without limit.
     pub max_bandwidth: u64,
+    /// Whether, and for how long, the destination is looked for when the link breaks
+    /// (`auto-recover`, `recover-time-limit` in seconds). A QEMU has to be told `migrate-recover`
+    /// meanwhile, with the same address.
+    pub auto_recover: (AutoRecover, u64),
+    /// Another address of the destination (`recover-uri`).
+    pub other_address: Option<Address>,
+}
+
+impl Default for ByPostcopy {
+    fn default() -> ByPostcopy {
+        let usual = Parameters::default();
+        ByPostcopy {
+            preempt: false,
+            page_sizes: Vec::new(),
+            max_bandwidth: usual.max_postcopy_bandwidth,
+            auto_recover: (usual.auto_recover, usual.recover_time_limit),
+            other_address: None,
+        }
+    }
 }
 
 /// Nobody runs a VM that is in a file: there is no right to give up.
@@ -38,6 +58,18 @@ impl HandOver for Kept<'_> {
     fn gone(&mut self) {
         self.0.progress.0.set_status(MigrationStatus::PostcopyActive);
     }
+
+    fn stands(&mut self, status: MigrationStatus) {
+        if status == MigrationStatus::PostcopyActive {
+            self.0.progress.0.forget_error();
+        }
+        self.0.progress.0.set_status(status);
+    }
+
+    fn paused(&mut self, reason: &Error) {
+        self.0.progress.0.set_error(reason.text_of_pause());
+        self.0.progress.0.set_status(MigrationStatus::PostcopyPaused);
+    }
 }
 
 pub(super) fn send(
@@ -48,9 +80,13 @@ pub(super) fn send(
 ) -> Result<(), Failed> {
     let report = &*restoring.progress.0;
     let ends_with_mark = machine::is_up_to((7, 2), &vm.machine());
+    let route = restoring.route(address).map_err(Failed::Before)?;
+    let other = match &how.other_address {
+        Some(address) => Some(restoring.route(address).map_err(Failed::Before)?),
+        None => None,
+    };
     let prepare = || {
         let units = units(vm, &how.page_sizes)?;
-        let route = restoring.route(address)?;
         let channel = route.connect("main", &restoring.cancel, &restoring.links)?;
         if !channel.is_two_way() {
             return Err(Error::Refused(format!(
@@ -87,8 +123,14 @@ pub(super) fn send(
     let (stream, urgent, map) = prepare().map_err(Failed::Before)?;
     report.guest_stops();
     report.set_status(MigrationStatus::Device);
-    let parameters =
-        Parameters { max_postcopy_bandwidth: how.max_bandwidth, ..Parameters::default() };
+    let (auto_recover, recover_time_limit) = how.auto_recover;
+    let parameters = Parameters {
+        max_postcopy_bandwidth: how.max_bandwidth,
+        auto_recover,
+        recover_time_limit,
+        silence_limit: restoring.silence_limit,
+        ..Parameters::default()
+    };
     let postcopy = Postcopy {
         ram: &vm.ram,
         report,
@@ -99,6 +141,8 @@ pub(super) fn send(
         hot: None,
         urgent_ends_with_mark: ends_with_mark,
         channels: None,
+        route: route.clone(),
+        ways: Ways { told: None, other: &|| other.clone() },
     };
     postcopy.run(&map, stream, urgent, vm.devices.sections.clone(), &mut Kept(restoring))
 }

@@ -3,7 +3,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -92,17 +92,8 @@ impl Disk {
     ) -> io::Result<()> {
         let mut pieces = Gather::new();
         pieces.push_guest(block, offset, len).map_err(io::Error::other)?;
-        while pieces.bytes_left() > 0 {
-            let done = len - pieces.bytes_left();
-            match pieces.write_at(self.file(len).as_fd(), at + done as u64) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if self.falls_back(&error) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        let write = |file: BorrowedFd<'_>, at| pieces.write_at(file, at);
+        self.move_all(len, at, io::ErrorKind::WriteZero, write)
     }
 
     /// Reads `len` bytes, whole pages, from byte `at` of the file into `block` from `offset` on.
@@ -115,11 +106,24 @@ impl Disk {
     ) -> io::Result<()> {
         let mut pieces = Scatter::new();
         pieces.push_guest(block, offset, len).map_err(io::Error::other)?;
-        while pieces.bytes_left() > 0 {
-            let done = len - pieces.bytes_left();
-            match pieces.read_at(self.file(len).as_fd(), at + done as u64) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(_) => {}
+        let read = |file: BorrowedFd<'_>, at| pieces.read_at(file, at);
+        self.move_all(len, at, io::ErrorKind::UnexpectedEof, read)
+    }
+
+    /// Calls `some` until `len` bytes have moved, each time with where it is to go on; it gives how
+    /// many it has moved, none of which is the error `none`.
+    fn move_all(
+        &self,
+        len: usize,
+        at: u64,
+        none: io::ErrorKind,
+        mut some: impl FnMut(BorrowedFd<'_>, u64) -> io::Result<usize>,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        while done < len {
+            match some(self.file(len).as_fd(), at + done as u64) {
+                Ok(0) => return Err(none.into()),
+                Ok(bytes) => done += bytes,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if self.falls_back(&error) => {}
                 Err(error) => return Err(error),

@@ -37,8 +37,10 @@ use crate::channel::{Arrivals, Listener};
 use crate::destination::incoming::{Arrived, Incoming};
 use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
+use crate::recovery;
 use crate::report::{Report, Side};
-use crate::status::{FaultStats, MigrationInfo, SocketAddressInfo};
+use crate::settings::{AutoRecover, Parameters};
+use crate::status::{FaultStats, MigrationInfo, MigrationStatus, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
 
 /// How the file of a kept VM is written and read.
@@ -77,6 +79,7 @@ pub struct Receiver {
     multifd: u8,
     touch: Touch,
     access: Access,
+    parameters: Parameters,
 }
 
 /// What has been kept.
@@ -116,8 +119,34 @@ impl Receiver {
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let listener = Listener::bind(address, &cancel)?;
         let (placed, preempt, multifd, touch) = (Arc::default(), false, 0, Touch::Nothing);
-        let access = Access::default();
-        Ok(Receiver { listener, cancel, links, placed, preempt, multifd, touch, access })
+        let (access, parameters) = (Access::default(), Parameters::default());
+        Ok(Receiver {
+            listener,
+            cancel,
+            links,
+            placed,
+            preempt,
+            multifd,
+            touch,
+            access,
+            parameters,
+        })
+    }
+
+    /// When the link breaks in postcopy, the source is waited for, on the same address, for so many
+    /// seconds (`auto-recover`, `recover-time-limit`; 0 is without end). A QEMU has to be told
+    /// `migrate` with `resume` meanwhile.
+    #[must_use]
+    pub fn recovering(self, auto_recover: AutoRecover, recover_time_limit: u64) -> Receiver {
+        let parameters = Parameters { auto_recover, recover_time_limit, ..self.parameters };
+        Receiver { parameters, ..self }
+    }
+
+    /// A source that is silent for so many ms where it must not be has gone (`silence-limit`); 0 is
+    /// to wait for ever.
+    #[must_use]
+    pub fn waiting_no_longer_than(self, silence_limit: u64) -> Receiver {
+        Receiver { parameters: Parameters { silence_limit, ..self.parameters }, ..self }
     }
 
     /// The source has capability `postcopy-preempt` on: a postcopy has a second connection.
@@ -182,18 +211,27 @@ impl Receiver {
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
-        let Receiver { listener, cancel, links, placed, preempt, multifd, .. } = self;
+        let Receiver { listener, cancel, links, placed, preempt, multifd, parameters, .. } = self;
+        let listener = Arc::new(listener.waiting_no_longer_than(recovery::silence(&parameters)));
         let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
         keeper.is_of(arrivals.uuid);
         let stop = arrivals.stop.clone();
         let mut incoming = Incoming::new(arrivals).with_progress(placed);
         let arrived = listener.greeting(multifd > 0, &stop, || incoming.receive(&mut keeper));
-        let urgent = preempt.then_some(&listener);
         let kept = arrived
             .and_then(|arrived| match arrived {
                 Arrived::Whole => Ok(()),
                 Arrived::GuestFirst(package) => {
-                    let terms = Terms { report: &report, links: &links, urgent, blocktime: false };
+                    let terms = Terms {
+                        report: &report,
+                        links: &links,
+                        listener: listener.clone(),
+                        preempt,
+                        blocktime: false,
+                        parameters: &|| parameters.clone(),
+                        recover: None,
+                        stands: &|status, reason| stands(&report, status, reason),
+                    };
                     take_rest(&mut incoming, &mut keeper, package, &terms)
                 }
             })
@@ -206,6 +244,14 @@ impl Receiver {
         let _ = incoming.finish();
         Ok(KeptSummary { faults: report.info().faults, ..summary })
     }
+}
+
+/// How a migration in postcopy stands now, and why it is paused.
+fn stands(report: &Report, status: MigrationStatus, reason: Option<&Error>) {
+    if let Some(reason) = reason {
+        report.set_error(reason.text_of_pause());
+    }
+    report.set_status(status);
 }
 
 fn take_rest(

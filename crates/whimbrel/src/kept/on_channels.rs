@@ -85,6 +85,7 @@ pub(super) fn connect(
         uuid: multifd.uuid.or(vm.configuration.uuid).unwrap_or_default(),
         dialect: dialect(&vm.machine(), multifd.zero_page_detection),
         zero_copy: false,
+        channels: multifd.channels,
     };
     Channels::connect(route, &restoring.cancel, &restoring.links, &opening, &multifd.parameters()?)
 }

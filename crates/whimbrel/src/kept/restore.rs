@@ -1,6 +1,7 @@
 //! Sending a kept VM to whoever waits for it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use whimbrel_ram::{BlockIndex, GuestRam, PageSize, TARGET_PAGE, TargetPage};
 use whimbrel_wire::encode_end_of_section;
@@ -15,6 +16,7 @@ use crate::channel::tls::TlsCredentials;
 use crate::channel::{Channel, Route};
 use crate::error::Error;
 use crate::report::{Report, add, get, set};
+use crate::settings::Parameters;
 use crate::source::handover;
 use crate::source::multifd::{Channels, Dialect};
 use crate::source::postcopy::Failed;
@@ -32,6 +34,7 @@ pub struct Restoring {
     pub(super) cancel: Cancel,
     pub(super) links: Links,
     pub(super) access: Access,
+    pub(super) silence_limit: u64,
     multifd: Option<Multifd>,
     tls: Option<(TlsCredentials, Option<String>)>,
 }
@@ -42,7 +45,8 @@ impl KeptVm {
         let cancel = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let links = Links::new().map_err(Error::system("making an eventfd"))?;
         let (progress, access) = (Progress(Arc::new(report())), Access::default());
-        Ok(Restoring { progress, cancel, links, access, multifd: None, tls: None })
+        let silence_limit = Parameters::default().silence_limit;
+        Ok(Restoring { progress, cancel, links, access, silence_limit, multifd: None, tls: None })
     }
 }
 
@@ -51,6 +55,12 @@ impl Restoring {
     #[must_use]
     pub fn reading_by(self, access: Access) -> Restoring {
         Restoring { access, ..self }
+    }
+
+    /// A destination that is silent for so many ms has gone (`silence-limit`); 0 is to wait for ever.
+    #[must_use]
+    pub fn waiting_no_longer_than(self, silence_limit: u64) -> Restoring {
+        Restoring { silence_limit, ..self }
     }
 
     /// Sends the pages on several channels, in precopy.
@@ -73,7 +83,8 @@ impl Restoring {
             }
             None => None,
         };
-        Ok(Route { address: address.clone(), tls })
+        let silence = (self.silence_limit > 0).then(|| Duration::from_millis(self.silence_limit));
+        Ok(Route { address: address.clone(), tls, silence })
     }
 
     /// What ends it from another thread.

@@ -2,15 +2,20 @@
 
 use std::time::{Duration, Instant};
 
+use whimbrel_ram::{BlockIndex, GuestRam};
 use whimbrel_wire::{BlockOffset, Name, ReturnDecoded, ReturnDecoder, ReturnMessage, TargetPage};
 
 use crate::channel::Channel;
 use crate::error::Error;
 use crate::hello::Features;
+use crate::recovery::exchange::bitmap_words;
 
 /// How long one wait for an answer lasts before it is begun again; only cancellation and the
 /// connection's end bound the whole.
 const LOOK: Duration = Duration::from_secs(3600);
+
+/// A destination may need so long to load its devices, before it answers.
+pub(super) const LOADING: Duration = Duration::from_secs(10);
 
 /// The return path.
 #[derive(Debug)]
@@ -21,6 +26,20 @@ pub(crate) struct Answers {
     end: usize,
     pongs: u64,
     agreed: Option<Features>,
+    /// In a recovery: of what bitmaps may come.
+    recovering: Option<GuestRam>,
+    bitmap: Option<Bitmap>,
+    /// How long an answer is waited for.
+    patience: Duration,
+}
+
+/// A bitmap that is coming.
+#[derive(Debug)]
+struct Bitmap {
+    block: BlockIndex,
+    /// As many bytes as have come; as many as the block needs, at most.
+    bytes: Vec<u8>,
+    left: usize,
 }
 
 /// What the destination says.
@@ -37,6 +56,15 @@ pub(crate) enum Answer {
         /// How many.
         len: u32,
     },
+    /// In a recovery, which pages of a block have come: 64 a word, the lowest in the lowest bit.
+    Bitmap {
+        /// The block.
+        block: BlockIndex,
+        /// A bit for each page.
+        received: Vec<u64>,
+    },
+    /// The recovery is over, as far as a QEMU is concerned.
+    Resumed,
     /// The last word: 0 is success.
     Shut(u32),
     /// The destination closed its direction.
@@ -52,7 +80,29 @@ impl Answers {
             end: 0,
             pongs: 0,
             agreed: None,
+            recovering: None,
+            bitmap: None,
+            patience: LOOK,
         }
+    }
+
+    /// An answer that does not come within `silence`, but not before [`LOADING`], comes no more;
+    /// `None` is to wait for ever.
+    pub(crate) fn wait_no_longer_than(&mut self, silence: Option<Duration>) {
+        self.patience = silence.map_or(LOOK, |silence| silence.max(LOADING));
+    }
+
+    fn silent(&self) -> Result<(), Error> {
+        match self.patience < LOOK {
+            true => Err(Error::Silent { channel: "return path", limit: self.patience }),
+            false => Ok(()),
+        }
+    }
+
+    /// On the connection that takes the place of a broken one: the destination says what it has of
+    /// `ram`. What had been agreed on still is.
+    pub(crate) fn recovering(agreed: Features, ram: GuestRam) -> Answers {
+        Answers { agreed: Some(agreed), recovering: Some(ram), ..Answers::new() }
     }
 
     /// What was agreed on with a destination that is a whimbrel, as far as it has answered.
@@ -80,8 +130,9 @@ impl Answers {
         count: u64,
     ) -> Result<(), Error> {
         while self.pongs < count {
-            if let Some(answer) = self.next(channel, Instant::now() + LOOK)? {
-                self.only_pong(answer)?;
+            match self.next(channel, Instant::now() + self.patience)? {
+                Some(answer) => self.only_pong(answer)?,
+                None => self.silent()?,
             }
         }
         Ok(())
@@ -107,10 +158,10 @@ impl Answers {
     /// Waits for the answer to the PING of `value`.
     pub(crate) fn wait_for_pong(&mut self, channel: &mut Channel, value: u32) -> Result<(), Error> {
         loop {
-            match self.next(channel, Instant::now() + LOOK)? {
+            match self.next(channel, Instant::now() + self.patience)? {
                 Some(Answer::Pong(found)) if found == value => return Ok(()),
                 Some(answer) => self.only_pong(answer)?,
-                None => {}
+                None => self.silent()?,
             }
         }
     }
@@ -118,8 +169,9 @@ impl Answers {
     /// Waits for SHUT and gives its value.
     pub(crate) fn wait_for_shut(&mut self, channel: &mut Channel) -> Result<u32, Error> {
         loop {
-            if let Some(value) = self.shut_within(channel, LOOK)? {
-                return Ok(value);
+            match self.shut_within(channel, self.patience)? {
+                Some(value) => return Ok(value),
+                None => self.silent()?,
             }
         }
     }
@@ -148,17 +200,27 @@ impl Answers {
         deadline: Instant,
     ) -> Result<Option<Answer>, Error> {
         loop {
-            let (used, decoded) = self
-                .decoder
-                .decode(&self.buffer[self.start..self.end])
-                .map_err(|source| Error::Protocol { channel: "return path", source })?;
-            self.start += used;
-            match decoded {
-                ReturnDecoded::NeedMore(_) => {}
-                ReturnDecoded::Message(message) => return self.message(message).map(Some),
-                ReturnDecoded::BitmapFollows { .. }
-                | ReturnDecoded::BitmapEnd
-                | ReturnDecoded::Colo(_) => return Err(self.meaningless("a bitmap or checkpoint")),
+            self.collect();
+            if self.decoder.payload_left() == 0 {
+                let (used, decoded) = self
+                    .decoder
+                    .decode(&self.buffer[self.start..self.end])
+                    .map_err(|source| Error::Protocol { channel: "return path", source })?;
+                self.start += used;
+                match decoded {
+                    ReturnDecoded::NeedMore(_) => {}
+                    ReturnDecoded::Message(ReturnMessage::RecvBitmap(block)) => {
+                        self.begin_bitmap(&block)?;
+                        continue;
+                    }
+                    ReturnDecoded::Message(message) => return self.message(message).map(Some),
+                    ReturnDecoded::BitmapFollows { len } => {
+                        self.check_bitmap(len)?;
+                        continue;
+                    }
+                    ReturnDecoded::BitmapEnd => return self.end_bitmap().map(Some),
+                    ReturnDecoded::Colo(_) => return Err(self.meaningless("a checkpoint")),
+                }
             }
             self.buffer.copy_within(self.start..self.end, 0);
             self.end -= self.start;
@@ -185,10 +247,59 @@ impl Answers {
             ReturnMessage::RequestPages { start, len } => {
                 Ok(Answer::Request { block: None, start, len })
             }
+            ReturnMessage::ResumeAck(_) if self.recovering.is_some() => Ok(Answer::Resumed),
             other @ (ReturnMessage::RecvBitmap(_)
             | ReturnMessage::ResumeAck(_)
             | ReturnMessage::SwitchoverAck) => Err(self.meaningless(&format!("{other:?}"))),
         }
+    }
+
+    /// The bitmap of a block is next.
+    fn begin_bitmap(&mut self, name: &Name) -> Result<(), Error> {
+        let Some(ram) = &self.recovering else { return Err(self.meaningless("a bitmap")) };
+        let Some((block, _)) = ram.find(name.as_str().unwrap_or_default()) else {
+            return Err(self.wrong(&format!("a bitmap of block {name}, which does not exist")));
+        };
+        let left = bitmap_words(ram, block) * 8;
+        self.bitmap = Some(Bitmap { block, bytes: Vec::new(), left });
+        Ok(())
+    }
+
+    /// It has `len` bytes: as many as the block needs, or it is of another block.
+    fn check_bitmap(&self, len: u64) -> Result<(), Error> {
+        match (&self.bitmap, &self.recovering) {
+            (Some(bitmap), _) if bitmap.left as u64 == len => Ok(()),
+            (Some(bitmap), Some(ram)) => Err(self.wrong(&format!(
+                "a bitmap of {len} bytes, and block {} needs {}",
+                ram.block(bitmap.block).name(),
+                bitmap.left
+            ))),
+            _ => Err(self.meaningless("a bitmap")),
+        }
+    }
+
+    /// Takes what has come of a bitmap.
+    fn collect(&mut self) {
+        let Some(bitmap) = &mut self.bitmap else { return };
+        if self.decoder.payload_left() == 0 {
+            return;
+        }
+        let here = (self.end - self.start).min(bitmap.left);
+        bitmap.bytes.extend_from_slice(&self.buffer[self.start..self.start + here]);
+        bitmap.left -= here;
+        self.start += here;
+        self.decoder.payload_taken(here as u64);
+    }
+
+    fn end_bitmap(&mut self) -> Result<Answer, Error> {
+        let Some(Bitmap { block, bytes, .. }) = self.bitmap.take() else {
+            return Err(self.meaningless("the end of a bitmap"));
+        };
+        let (words, _) = bytes.as_chunks();
+        Ok(Answer::Bitmap {
+            block,
+            received: words.iter().map(|w| u64::from_le_bytes(*w)).collect(),
+        })
     }
 
     fn only_pong(&self, answer: Answer) -> Result<(), Error> {
@@ -197,12 +308,19 @@ impl Answers {
             Answer::Shut(0) | Answer::End => Err(Error::PeerGone),
             Answer::Shut(_) => Err(Error::PeerFailed),
             Answer::Request { .. } => Err(self.meaningless("a request for pages")),
+            Answer::Bitmap { .. } => Err(self.meaningless("a bitmap")),
+            Answer::Resumed => Err(self.meaningless("RESUME_ACK")),
         }
     }
 
     fn meaningless(&self, what: &str) -> Error {
+        self.wrong(&format!("{what} has no meaning at this time"))
+    }
+
+    /// An error in what has been understood last.
+    pub(crate) fn wrong(&self, problem: &str) -> Error {
         Error::Refused(format!(
-            "return path channel, before byte {}: {what} has no meaning at this time",
+            "return path channel, before byte {}: {problem}",
             self.decoder.offset()
         ))
     }

@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use whimbrel_ram::{Asked, PageMap, Sweep, TARGET_PAGE, TargetPage};
-use whimbrel_wire::encode_end_of_section;
+use whimbrel_wire::{Command, encode_end_of_section};
 
 use super::held::Held;
 use super::hot::Hot;
@@ -20,6 +20,7 @@ use super::setup::RAM_SECTION;
 use super::wanted::Wanted;
 use crate::error::Error;
 use crate::plan::{Pace, Rate, Share};
+use crate::recovery::{Beat, PING_BEAT};
 use crate::report::{Report, add, get, set};
 use crate::settings::Parameters;
 
@@ -43,12 +44,24 @@ pub(super) struct Background<'a> {
     pub(super) hot: Option<Hot>,
     /// How fast it all goes, for the report.
     pub(super) rate: Rate,
+    /// When to ask the destination whether it is there.
+    pub(super) beat: Beat,
+}
+
+fn begin_part(out: &mut Out) {
+    out.name_blocks_again();
+    RAM_SECTION.encode_part(out.words());
+}
+
+fn end_part(out: &mut Out) {
+    encode_end_of_section(out.words());
+    RAM_SECTION.encode_footer(out.words());
 }
 
 impl Background<'_> {
-    /// Sends until nothing is left, as one PART of the `ram` section; `beside` send, too.
-    pub(super) fn run(mut self, out: &mut Out, beside: Option<&Crew<'_>>) -> Result<(), Error> {
-        RAM_SECTION.encode_part(out.words());
+    /// Sends until nothing is left, as PARTs of the `ram` section; `beside` send, too.
+    pub(super) fn run(mut self, out: &mut Out, beside: Option<&Crew<'_>>) -> Result<Beat, Error> {
+        begin_part(out);
         let now = || self.report.started().elapsed();
         let mut pace = Pace::new((self.parameters)().max_postcopy_bandwidth, now());
         let mut share = Share::default();
@@ -58,6 +71,13 @@ impl Background<'_> {
                 return Err(Error::PeerGone);
             }
             let before = out.bytes();
+            if !self.pages.has_begun_one() && self.beat.is_due() {
+                // Between two PARTs, where commands stand.
+                end_part(out);
+                Command::Ping(PING_BEAT).encode(out.words());
+                begin_part(out);
+                out.flush()?;
+            }
             // Also all the rest of a host page that somebody waits for: no pace is kept with it.
             let asked = self.take_asked(out)? || self.pages.is_waited_for();
             pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
@@ -93,9 +113,9 @@ impl Background<'_> {
             self.tell(out, bytes, beside.map_or(0, Crew::bytes));
         }
         self.held.let_go(out.channel());
-        encode_end_of_section(out.words());
-        RAM_SECTION.encode_footer(out.words());
-        out.flush()
+        end_part(out);
+        out.flush()?;
+        Ok(self.beat)
     }
 
     /// Sends the page that was asked for first, where such pages go on this channel.

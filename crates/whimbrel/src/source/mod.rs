@@ -15,6 +15,7 @@ pub(crate) mod out;
 mod pages;
 pub(crate) mod postcopy;
 mod precopy;
+pub(crate) mod recover;
 mod said;
 pub(crate) mod setup;
 mod switchover;
@@ -23,7 +24,7 @@ mod urgent;
 mod wanted;
 mod xbzrle;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use whimbrel_ram::PageMap;
@@ -33,6 +34,8 @@ use crate::channel::Route;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
 use crate::hello::{Features, PING_PARKED};
+use crate::objects::Router;
+use crate::recovery::{self, WayOn};
 use crate::report::{EndsFailed, Report, add};
 use crate::settings::{Capabilities, Capability, Parameters};
 use crate::status::{Event, MigrationStatus, RunState};
@@ -40,6 +43,7 @@ use crate::worker::{Cancel, Links};
 use multifd::{Channels, Crew, Dialect, Opening, Terms};
 use postcopy::{Failed, HandOver, Postcopy};
 use precopy::{Precopy, Switch};
+use recover::Ways;
 use setup::{PINGS_AT_SETUP, Stream};
 use undo::Logging;
 
@@ -49,8 +53,8 @@ pub(crate) struct Job {
     pub(crate) guest: Arc<Guest>,
     pub(crate) route: Route,
     pub(crate) capabilities: Capabilities,
-    /// Shared with the control side: most can be changed while the migration runs.
-    pub(crate) parameters: Arc<Mutex<Parameters>>,
+    /// Shared with the control side: most parameters can be changed while the migration runs.
+    pub(crate) router: Router,
     pub(crate) report: Arc<Report>,
     pub(crate) cancel: Cancel,
     /// `migrate-continue`.
@@ -59,11 +63,13 @@ pub(crate) struct Job {
     pub(crate) postcopy: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     pub(crate) links: Links,
+    /// `migrate` with `resume`.
+    pub(crate) resume: Arc<WayOn<Route>>,
 }
 
 impl Job {
     pub(crate) fn parameters(&self) -> Parameters {
-        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.router.parameters()
     }
 
     pub(crate) fn has(&self, capability: Capability) -> bool {
@@ -114,9 +120,9 @@ pub(crate) fn run(job: &Job) {
         Ok(()) => job.set_status(MigrationStatus::Completed),
         Err(Failed::Before(error)) => undo::undo(job, held, error),
         Err(Failed::After(error)) => {
+            // What is left of the guest's RAM is kept here, in the VM.
             job.report.set_error(error.text_of_pause());
             job.set_status(MigrationStatus::PostcopyPaused);
-            // What is left of the guest's RAM is kept here, in the VM.
             job.links.wait_for_end();
         }
     }
@@ -125,7 +131,7 @@ pub(crate) fn run(job: &Job) {
 /// A migration that has been announced.
 struct Begun<'j> {
     stream: Stream,
-    channels: Option<Channels>,
+    channels: Option<(Channels, Opening)>,
     map: PageMap,
     log: Logging<'j>,
 }
@@ -134,7 +140,7 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
     let Begun { mut stream, mut channels, map, log } = prepare(job).map_err(Failed::Before)?;
     let switch = match &mut channels {
         None => send_first(job, held, &mut stream, &map, &log, None),
-        Some(channels) => {
+        Some((channels, _)) => {
             let ram = job.guest.vm().ram();
             // A kernel that cannot tell what was touched has every page looked at.
             let terms = Terms {
@@ -179,11 +185,12 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
                 uuid: vm.uuid().unwrap_or_default(),
                 dialect: Dialect { mark_each_section: false, zeros },
                 zero_copy: job.has(Capability::ZeroCopySend),
+                channels: parameters.multifd_channels,
             };
             let channels =
                 Channels::connect(&job.route, &job.cancel, &job.links, &opening, &parameters)?;
             channel.heed(channels.stop().clone());
-            Some(channels)
+            Some((channels, opening))
         }
     };
     let ram = vm.ram();
@@ -197,7 +204,11 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
     if job.has(Capability::Events) {
         job.guest.emit(&Event::MigrationPass(1));
     }
-    let stream = setup::begin(job, channel, channels.as_ref().map(Channels::dialect))?;
+    let dialect = channels.as_ref().map(|(channels, _)| channels.dialect());
+    let mut stream = setup::begin(job, channel, dialect)?;
+    if let Some(answers) = &mut stream.answers {
+        answers.wait_no_longer_than(recovery::silence(&parameters));
+    }
     job.report.setup_is_done();
     job.set_status(MigrationStatus::Active);
     Ok(Begun { stream, channels, map, log })
@@ -225,14 +236,14 @@ fn guest_last(
     job: &Job,
     held: &mut Held,
     stream: Stream,
-    channels: Option<Channels>,
+    channels: Option<(Channels, Opening)>,
     log: Logging<'_>,
 ) -> Result<(), Error> {
     let devices = switchover::device_sections(job, held)?;
     handover::hand_over(job, held, stream, &devices)?;
     log.delivered();
     // The destination has said that it has everything.
-    if let Some(channels) = channels {
+    if let Some((channels, _)) = channels {
         let _ = channels.finish();
     }
     Ok(())
@@ -243,7 +254,7 @@ fn guest_first(
     job: &Job,
     held: &mut Held,
     mut stream: Stream,
-    mut channels: Option<Channels>,
+    mut channels: Option<(Channels, Opening)>,
     map: PageMap,
     log: Logging<'_>,
 ) -> Result<(), Failed> {
@@ -257,7 +268,7 @@ fn guest_first(
             true => Some(postcopy::open_urgent(&job.route, &job.cancel, &job.links)?),
             false => None,
         };
-        if let Some(channels) = &mut channels
+        if let Some((channels, _)) = &mut channels
             && agreed.has(Features::MULTIFD_GOES_ON)
         {
             channels.end_round()?;
@@ -287,6 +298,8 @@ fn guest_first(
         hot: Some(hot),
         urgent_ends_with_mark: false,
         channels,
+        route: job.route.clone(),
+        ways: Ways { told: Some(&job.resume), other: &|| job.router.other() },
     };
     let mut away = Away { job, held, before: None };
     postcopy.run(&map, stream, urgent, sections, &mut away)?;
@@ -318,5 +331,17 @@ impl HandOver for Away<'_, '_> {
     fn gone(&mut self) {
         self.job.guest.right_is_taken();
         self.job.set_status(MigrationStatus::PostcopyActive);
+    }
+
+    fn stands(&mut self, status: MigrationStatus) {
+        if status == MigrationStatus::PostcopyActive {
+            self.job.report.forget_error();
+        }
+        self.job.set_status(status);
+    }
+
+    fn paused(&mut self, reason: &Error) {
+        self.job.report.set_error(reason.text_of_pause());
+        self.job.set_status(MigrationStatus::PostcopyPaused);
     }
 }

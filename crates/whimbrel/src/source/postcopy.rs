@@ -15,18 +15,20 @@ use std::time::Duration;
 use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{GuestRam, PageMap, TARGET_PAGE};
 use whimbrel_wire::package::{PACKAGE_LOADED_PING, PACKAGE_PING};
+use whimbrel_wire::recovery::{FAREWELL, HelloKind};
 use whimbrel_wire::{
     BlockOffset, Command, DeviceSection, DiscardRange, Package, RamDiscard, encode_end_of_section,
     encode_eof,
 };
 
-use super::answers::Answers;
+use super::answers::{Answers, LOADING};
 use super::background::Background;
 use super::held::Held;
 use super::hot::Hot;
-use super::multifd::{Beside, Channels, Terms};
+use super::multifd::{Beside, Channels, Opening, Terms};
 use super::out::Out;
 use super::pages::Pages;
+use super::recover::{Recover, Recovered, Ways};
 use super::said::Said;
 use super::setup::{RAM_SECTION, Stream, name};
 use super::urgent::Urgent;
@@ -36,8 +38,12 @@ use crate::channel::{Channel, Route, link};
 use crate::error::Error;
 use crate::hello::Features;
 use crate::plan::Rate;
+use crate::recovery::exchange::SourceExchange;
+use crate::recovery::proofs::{self, Proofs, Ticket};
+use crate::recovery::{self, Beat, PING_BEAT};
 use crate::report::{Report, add, set};
 use crate::settings::Parameters;
+use crate::status::MigrationStatus;
 use crate::worker::{Cancel, Links, Role, scoped};
 
 /// The PING before the package.
@@ -59,6 +65,10 @@ pub(crate) trait HandOver {
     fn take_back(&mut self);
     /// RUN has gone out.
     fn gone(&mut self);
+    /// After that: how the migration stands.
+    fn stands(&mut self, status: MigrationStatus);
+    /// After that: the link is broken, and why.
+    fn paused(&mut self, reason: &Error);
 }
 
 /// How a postcopy failed.
@@ -66,7 +76,7 @@ pub(crate) trait HandOver {
 pub(crate) enum Failed {
     /// Before the guest was given away: it is still here.
     Before(Error),
-    /// After that.
+    /// After that, and it was ended while it was paused.
     After(Error),
 }
 
@@ -86,7 +96,26 @@ pub(crate) struct Postcopy<'a> {
     /// A QEMU up to 7.2 wants the urgent channel to be ended by a mark.
     pub(crate) urgent_ends_with_mark: bool,
     /// Multifd channels. A whimbrel takes pages on them also now; for a QEMU they stay open.
-    pub(crate) channels: Option<Channels>,
+    pub(crate) channels: Option<(Channels, Opening)>,
+    /// Where the destination is, and where else it may be found.
+    pub(crate) route: Route,
+    pub(crate) ways: Ways<'a>,
+}
+
+/// What one set of connections has to do.
+enum Part<'h> {
+    /// To give the guest away, and then all that is left.
+    Whole { sections: Vec<DeviceSection>, channels: Option<Channels> },
+    /// The guest has gone, and these have taken the place of broken ones.
+    Rest { again: Option<(&'h Opening, Ticket)>, route: Route },
+}
+
+/// One set of connections.
+struct Session {
+    stream: Stream,
+    urgent: Option<Channel>,
+    /// What has still to be said before pages move.
+    exchange: Option<SourceExchange>,
 }
 
 /// Opens the channel for urgent pages. The destination must have answered already, so that it
@@ -126,7 +155,7 @@ pub(crate) fn map_for(agreed: Features, ram: &GuestRam, left: PageMap) -> PageMa
 
 impl<'a> Postcopy<'a> {
     /// Says what the destination has to forget, gives it the guest, and sends all that is on
-    /// `map`.
+    /// `map`; whenever the connections break after that, over others.
     pub(crate) fn run(
         mut self,
         map: &'a PageMap,
@@ -135,13 +164,79 @@ impl<'a> Postcopy<'a> {
         sections: Vec<DeviceSection>,
         hand_over: &mut dyn HandOver,
     ) -> Result<(), Failed> {
+        let agreed = stream.agreed();
+        let mut recover = self.recover(agreed, &mut stream, &urgent).map_err(Failed::Before)?;
+        let (channels, opening) = self.channels.take().unzip();
+        let goes_on = agreed.has(Features::MULTIFD_GOES_ON);
+        let session = Session { stream, urgent, exchange: None };
+        let mut outcome = self.session(map, session, Part::Whole { sections, channels }, hand_over);
+        while let Err(Failed::After(error)) = &outcome {
+            hand_over.paused(error);
+            let recovered = recover.run(map, hand_over).map_err(Failed::After)?;
+            let Some(Recovered { stream, urgent, exchange, ticket, route }) = recovered else {
+                break;
+            };
+            let session = Session { stream, urgent, exchange };
+            let again = opening.as_ref().filter(|_| goes_on).zip(ticket);
+            let part = Part::Rest { again, route };
+            outcome = self.session(map, session, part, hand_over);
+        }
+        outcome
+    }
+
+    /// What is needed to find the destination again; tells it what makes this migration itself,
+    /// where it understands that.
+    fn recover(
+        &self,
+        agreed: Features,
+        stream: &mut Stream,
+        urgent: &Option<Channel>,
+    ) -> Result<Recover<'a>, Error> {
+        let proofs = match agreed.has(Features::RECOVERS) {
+            true => {
+                let beat = recovery::beat(&(self.parameters)()).unwrap_or_default();
+                let beat_ms = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
+                let identity = proofs::new_identity(beat_ms)?;
+                Command::Identity(identity).encode(stream.out.words());
+                Some(Proofs::of(identity))
+            }
+            false => None,
+        };
+        Ok(Recover {
+            ram: self.ram,
+            parameters: self.parameters,
+            links: self.links,
+            ways: self.ways,
+            route: self.route.clone(),
+            blocks: stream.out.blocks().clone(),
+            agreed,
+            proofs,
+            preempt: urgent.is_some(),
+            urgent_first: self.urgent_ends_with_mark,
+            attempts: 0,
+        })
+    }
+
+    /// Does `part` over one set of connections.
+    fn session(
+        &self,
+        map: &PageMap,
+        session: Session,
+        part: Part<'_>,
+        hand_over: &mut dyn HandOver,
+    ) -> Result<(), Failed> {
+        let failed: fn(Error) -> Failed = match part {
+            Part::Whole { .. } => Failed::Before,
+            Part::Rest { .. } => Failed::After,
+        };
+        let Session { mut stream, urgent, exchange } = session;
         let answers = stream.answers.take().expect("a postcopy has a return path");
         let agreed = answers.agreed();
-        let channels = self.channels.take();
+        let waits_for_bitmaps = exchange.is_some();
         let (said, wanted, all_sent) = (Said::default(), Wanted::new(), AtomicBool::new(false));
         let thread = self
-            .urgent_thread(map, &mut stream, urgent, answers, (&said, &wanted))
-            .map_err(Failed::Before)?;
+            .urgent_thread(map, &mut stream, urgent, (answers, exchange), (&said, &wanted))
+            .map_err(failed)?;
         let preempt = thread.out.is_some();
         let run_apart = agreed.has(Features::RUN_APART) && preempt;
         let result = thread::scope(|scope| {
@@ -153,19 +248,26 @@ impl<'a> Postcopy<'a> {
                 }
             };
             let spawned = scoped(scope, Role::SourceUrgent, body);
-            spawned.map_err(Error::system("starting a thread")).map_err(Failed::Before)?;
-            let result = self
-                .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
-                .and_then(|()| {
-                    let (beside, silent) = match agreed.has(Features::MULTIFD_GOES_ON) {
-                        true => (channels, None),
-                        false => (None, channels),
-                    };
-                    self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt), beside)
-                        .map_err(Failed::After)?;
-                    // The destination has said that it has everything.
-                    silent.map_or(Ok(()), Channels::finish).or(Ok(()))
-                });
+            spawned.map_err(Error::system("starting a thread")).map_err(failed)?;
+            let channels = match part {
+                Part::Whole { sections, channels } => self
+                    .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
+                    .map(|()| channels),
+                Part::Rest { again, route } => self
+                    .go_on(&mut stream, waits_for_bitmaps.then_some(said), again, &route)
+                    .inspect(|_| hand_over.stands(MigrationStatus::PostcopyActive))
+                    .map_err(Failed::After),
+            };
+            let result = channels.and_then(|channels| {
+                let (beside, silent) = match agreed.has(Features::MULTIFD_GOES_ON) {
+                    true => (channels, None),
+                    false => (None, channels),
+                };
+                self.send_rest(map, &mut stream, &wanted, said, (all_sent, preempt), beside)
+                    .map_err(Failed::After)?;
+                // The destination has said that it has everything.
+                silent.map_or(Ok(()), Channels::finish).or(Ok(()))
+            });
             if result.is_err() {
                 links.break_now();
             }
@@ -179,10 +281,32 @@ impl<'a> Postcopy<'a> {
             })
         });
         if result.is_ok() {
+            if agreed.has(Features::RECOVERS) {
+                stream.out.words().extend_from_slice(&FAREWELL);
+            }
             // Whatever becomes of a last word, it has gone well.
-            let _ = stream.out.into_channel().finish();
+            let _ = stream.out.flush().and_then(|()| stream.out.into_channel().finish());
         }
         result
+    }
+
+    /// Waits for what the destination says it has, and connects the multifd channels anew.
+    fn go_on(
+        &self,
+        stream: &mut Stream,
+        told: Option<&Said>,
+        again: Option<(&Opening, Ticket)>,
+        route: &Route,
+    ) -> Result<Option<Channels>, Error> {
+        let links = self.links.current();
+        stream.out.channel().heed(links.clone());
+        if let Some(said) = told {
+            said.wait_until_told(recovery::silence(&(self.parameters)()), &links)?;
+        }
+        let Some((opening, ticket)) = again else { return Ok(None) };
+        let hello = |number| ticket.words(HelloKind::Multifd(number));
+        let parameters = (self.parameters)();
+        Channels::connect_again(route, &links, self.links, opening, &parameters, &hello).map(Some)
     }
 
     fn urgent_thread<'t>(
@@ -190,7 +314,7 @@ impl<'a> Postcopy<'a> {
         map: &'t PageMap,
         stream: &mut Stream,
         urgent: Option<Channel>,
-        answers: Answers,
+        (answers, exchange): (Answers, Option<SourceExchange>),
         (said, wanted): (&'t Said, &'t Wanted),
     ) -> Result<Urgent<'t>, Error>
     where
@@ -215,6 +339,8 @@ impl<'a> Postcopy<'a> {
             ends_with_mark: self.urgent_ends_with_mark && out.is_some(),
             out,
             last_block: None,
+            exchange,
+            silence: recovery::silence(&(self.parameters)()),
         })
     }
 
@@ -231,7 +357,8 @@ impl<'a> Postcopy<'a> {
         self.send_package(map, stream, sections).map_err(Failed::Before)?;
         if run_apart {
             // Up to here a destination that cannot load the devices leaves the guest here.
-            said.wait_for_pong(PACKAGE_LOADED_PING, self.cancel).map_err(Failed::Before)?;
+            let limit = recovery::silence(&(self.parameters)()).map(|limit| limit.max(LOADING));
+            said.wait_for_pong(PACKAGE_LOADED_PING, limit, self.cancel).map_err(Failed::Before)?;
         }
         if self.cancel.is_set() {
             return Err(Failed::Before(Error::Cancelled));
@@ -293,6 +420,8 @@ impl<'a> Postcopy<'a> {
         stream.out.name_blocks_again();
         Command::Ping(PING_BEHIND).encode(stream.out.words());
         stream.out.flush()?;
+        said.is_asked_from_now_on();
+        let beat = Beat::new(recovery::beat(&(self.parameters)()));
         let mut pages = Pages::new(self.ram, self.report, None);
         pages = match &self.content {
             Some(content) => pages.only_content_in(Some(content.clone())),
@@ -308,11 +437,12 @@ impl<'a> Postcopy<'a> {
             said,
             held: Held::new(beside_urgent, stream.out.channel()),
             rate: Rate::default(),
+            beat,
             hot: self.hot.clone().and_then(|bits| Hot::new(self.ram, bits, map.pending())),
         };
         let channels = match channels {
             Some(channels) => Some(self.send_beside(map, stream, wanted, background, channels)?),
-            None => background.run(&mut stream.out, None).map(|()| None)?,
+            None => background.run(&mut stream.out, None).map(|_| None)?,
         };
         all_sent.store(true, Ordering::Release);
         RAM_SECTION.encode_end(stream.out.words());
@@ -355,8 +485,13 @@ impl<'a> Postcopy<'a> {
         };
         channels.send(map, terms, |crew| {
             crew.begin();
-            background.run(&mut stream.out, Some(crew))?;
-            while !crew.wait(LOOK)? {}
+            let mut beat = background.run(&mut stream.out, Some(crew))?;
+            while !crew.wait(beat.wait().map_or(LOOK, |wait| wait.min(LOOK)))? {
+                if beat.is_due() {
+                    Command::Ping(PING_BEAT).encode(stream.out.words());
+                    stream.out.flush()?;
+                }
+            }
             Ok(())
         })?;
         Ok(channels)

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::worker::Cancel;
@@ -16,11 +16,14 @@ pub(super) struct Said {
     inner: Mutex<Inner>,
     changed: Condvar,
     over: AtomicBool,
+    asked: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     pongs: Vec<u32>,
+    /// In a recovery, the destination has told what it has.
+    told: bool,
     shut: Option<u32>,
     error: Option<Error>,
 }
@@ -42,6 +45,21 @@ impl Said {
         self.changed.notify_all();
     }
 
+    /// The destination has told what it has.
+    pub(super) fn told(&self) {
+        self.lock().told = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits until it has.
+    pub(super) fn wait_until_told(
+        &self,
+        limit: Option<Duration>,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
+        self.wait(cancel, limit, |inner| inner.told.then_some(()))
+    }
+
     /// The destination's last word.
     pub(super) fn shut(&self, value: u32) {
         self.lock().shut = Some(value);
@@ -54,6 +72,16 @@ impl Said {
         self.lock().error.get_or_insert(error);
         self.over.store(true, Ordering::Release);
         self.changed.notify_all();
+    }
+
+    /// The destination is asked again and again whether it is there.
+    pub(super) fn is_asked_from_now_on(&self) {
+        self.asked.store(true, Ordering::Release);
+    }
+
+    /// Whether it is.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.load(Ordering::Acquire)
     }
 
     /// Whether the last word has come, or the return path has failed: cheap, for a loop.
@@ -73,21 +101,28 @@ impl Said {
         }
     }
 
-    /// Waits for the answer to the PING of `value`.
-    pub(super) fn wait_for_pong(&self, value: u32, cancel: &Cancel) -> Result<(), Error> {
-        self.wait(cancel, |inner| inner.pongs.contains(&value).then_some(()))
+    /// Waits for the answer to the PING of `value`, for `limit` at most.
+    pub(super) fn wait_for_pong(
+        &self,
+        value: u32,
+        limit: Option<Duration>,
+        cancel: &Cancel,
+    ) -> Result<(), Error> {
+        self.wait(cancel, limit, |inner| inner.pongs.contains(&value).then_some(()))
     }
 
     /// Waits for the destination's last word.
     pub(super) fn wait_for_shut(&self, cancel: &Cancel) -> Result<u32, Error> {
-        self.wait(cancel, |inner| inner.shut)
+        self.wait(cancel, None, |inner| inner.shut)
     }
 
     fn wait<T>(
         &self,
         cancel: &Cancel,
+        limit: Option<Duration>,
         mut find: impl FnMut(&Inner) -> Option<T>,
     ) -> Result<T, Error> {
+        let begun = Instant::now();
         let mut inner = self.lock();
         loop {
             if let Some(found) = find(&inner) {
@@ -101,6 +136,9 @@ impl Said {
             }
             if cancel.is_set() {
                 return Err(Error::Cancelled);
+            }
+            if let Some(limit) = limit.filter(|limit| begun.elapsed() >= *limit) {
+                return Err(Error::Silent { channel: "return path", limit });
             }
             let woken = self.changed.wait_timeout(inner, LOOK);
             inner = woken.unwrap_or_else(PoisonError::into_inner).0;

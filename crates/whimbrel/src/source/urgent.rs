@@ -16,10 +16,14 @@ use super::said::Said;
 use super::wanted::Wanted;
 use crate::channel::Channel;
 use crate::error::Error;
+use crate::recovery::exchange::SourceExchange;
 use crate::report::{Report, add};
 
 /// How often the thread looks whether it is to end the urgent channel, where it has to.
 const LOOK: Duration = Duration::from_millis(20);
+
+/// How long a destination may be silent when it has been sent everything.
+const LAST_WORD: Duration = Duration::from_secs(30);
 
 /// For ever, as far as a migration can tell.
 const FOREVER: Duration = Duration::from_secs(3600);
@@ -40,16 +44,35 @@ pub(super) struct Urgent<'a> {
     pub(super) ends_with_mark: bool,
     /// Blocks by name, and the one named last.
     pub(super) last_block: Option<BlockIndex>,
+    /// In a recovery, what has still to be said.
+    pub(super) exchange: Option<SourceExchange>,
+    /// How long the destination may say nothing; `None` is for ever.
+    pub(super) silence: Option<Duration>,
 }
 
 impl<'a> Urgent<'a> {
     /// Reads and answers until the destination's last word, or an error.
     pub(super) fn run(mut self, all_sent: &dyn Fn() -> bool) -> Result<(), Error> {
+        let mut heard = Instant::now();
         loop {
+            let limit = self.silence.map(|limit| match all_sent() {
+                // The last pages are being placed: nothing more can be asked of who does that.
+                true => limit.max(LAST_WORD),
+                false => limit,
+            });
             let wait = if self.ends_with_mark { LOOK } else { FOREVER };
-            match self.answers.next(&mut self.input, Instant::now() + wait)? {
+            let wait = limit.map_or(wait, |limit| wait.min(limit));
+            let answer = self.answers.next(&mut self.input, Instant::now() + wait)?;
+            if answer.is_some() || !self.said.is_asked() {
+                heard = Instant::now();
+            } else if let Some(limit) = limit.filter(|limit| heard.elapsed() >= *limit) {
+                return Err(Error::Silent { channel: "return path", limit });
+            }
+            match answer {
                 Some(Answer::Pong(value)) => self.said.pong(value),
                 Some(Answer::Request { block, start, len }) => self.request(block, start, len)?,
+                Some(Answer::Bitmap { block, received }) => self.bitmap(block, &received)?,
+                Some(Answer::Resumed) => return Err(self.answers.wrong("RESUME_ACK comes twice")),
                 Some(Answer::Shut(value)) => {
                     self.said.shut(value);
                     return self.out.map_or(Ok(()), |out| out.into_channel().finish());
@@ -59,6 +82,19 @@ impl<'a> Urgent<'a> {
                 None => {}
             }
         }
+    }
+
+    /// In a recovery: what the destination has of a block.
+    fn bitmap(&mut self, block: BlockIndex, received: &[u64]) -> Result<(), Error> {
+        let told = match &mut self.exchange {
+            Some(exchange) => exchange.bitmap(self.map, block, received),
+            None => Err("a bitmap, which has no meaning at this time"),
+        };
+        if told.map_err(|problem| self.answers.wrong(problem))? {
+            self.exchange = None;
+            self.said.told();
+        }
+        Ok(())
     }
 
     fn end_channel(&mut self) -> Result<(), Error> {
@@ -127,6 +163,9 @@ impl<'a> Urgent<'a> {
     fn answer(&mut self, page: HostPage, read: Instant) -> Result<(), Error> {
         let unit = self.map.unit(page.block);
         let first = TargetPage(page.target_pages(unit).start);
+        if let Some(exchange) = &self.exchange {
+            exchange.asked(self.map, page);
+        }
         let Some(out) = &mut self.out else {
             if self.map.is_pending(page.block, first) {
                 self.wanted.queue(page);
@@ -148,6 +187,9 @@ impl<'a> Urgent<'a> {
         let sent = send_claim(&mut self.pages, claim, out);
         self.wanted.urgent_ends(out.bytes() - before);
         sent?;
+        if let Some(exchange) = &mut self.exchange {
+            exchange.went(page);
+        }
         self.report.answered(read.elapsed());
         self.wanted.follow(page.block, TargetPage(page.target_pages(unit).end));
         Ok(())

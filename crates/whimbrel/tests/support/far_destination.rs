@@ -22,6 +22,8 @@ use whimbrel_wire::{
 pub(crate) const AGREED: u32 = 0x5749_0000;
 /// The package is loaded, and that is said, before RUN has come.
 pub(crate) const RUN_APART: u32 = 2;
+/// Multifd channels go on behind the guest.
+pub(crate) const MULTIFD_GOES_ON: u32 = 4;
 const QUESTION: u32 = 0x5748_0000;
 
 const PAGE: usize = 4096;
@@ -60,6 +62,8 @@ pub(crate) struct Main {
     /// What it answers to a whimbrel's question; `None` is an echo, as QEMU's.
     pub agreed: Option<u32>,
     pub came: Came,
+    /// Marks at which the multifd channels end a round, so far.
+    pub marks: usize,
 }
 
 impl FarDestination {
@@ -79,7 +83,7 @@ impl FarDestination {
     pub(crate) fn main(&self, agreed: Option<u32>) -> Main {
         let decoder = MainDecoder::new(MainOptions::default());
         let (stream, held) = (self.accept(), Vec::new());
-        Main { stream, decoder, held, agreed, came: Came::default() }
+        Main { stream, decoder, held, agreed, came: Came::default(), marks: 0 }
     }
 }
 
@@ -106,6 +110,7 @@ impl Main {
                     // A source that has gone takes no answer.
                     let _ = self.say(&ReturnMessage::Pong(value));
                 }
+                Decoded::Ram(RamRecord::MultifdFlush) => self.marks += 1,
                 Decoded::NeedMore(_) if used == 0 => return,
                 _ => {}
             }
@@ -146,6 +151,10 @@ impl Main {
                     let agreed = self.agreed.filter(|_| value & 0xffff_0000 == QUESTION);
                     // A source that has gone takes no answer.
                     let _ = self.say(&ReturnMessage::Pong(agreed.unwrap_or(*value)));
+                    return Some(decoded);
+                }
+                Decoded::Ram(RamRecord::MultifdFlush) => {
+                    self.marks += 1;
                     return Some(decoded);
                 }
                 _ => return Some(decoded),

@@ -91,13 +91,11 @@ pub(crate) fn header(
     (normal, zero): (&[u64], &[u64]),
     (flags, len): (u32, usize),
 ) -> PacketHeader {
-    let offsets = |pages: &[u64]| -> Vec<BlockOffset> {
-        pages.iter().map(|page| BlockOffset(page * PAGE)).collect()
-    };
+    let offset = |page: &u64| BlockOffset(page * PAGE);
     let len = u32::try_from(len).expect("short");
     let name = Name::new(block).expect("a name");
-    let (normal, zero) = (offsets(normal), offsets(zero));
-    PacketHeader::pages(&name, (&normal, &zero), (flags, len, 7), TargetPage::FOUR_KIB)
+    let (normal, zero) = (normal.iter().map(offset), zero.iter().map(offset));
+    PacketHeader::pages(&name, (normal, zero), (flags, len, 7), TargetPage::FOUR_KIB)
 }
 
 /// A packet of these pages, with `data` as what follows.

@@ -64,6 +64,23 @@ pub(crate) fn seed(test: &str) -> u64 {
     seed
 }
 
+/// The runs of a test that draws at random what it does: each one's number, from 0, and what was
+/// drawn for it. Environment variable `count` says how many there are, instead of `default`, and
+/// `WHIMBREL_ONLY` picks one of them.
+pub(crate) fn drawn<T>(
+    test: &str,
+    (count, default): (&str, u64),
+    mut draw: impl FnMut(&mut Dice) -> T,
+) -> impl Iterator<Item = (u64, T)> {
+    let number = |name| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
+    let (runs, only) = (number(count).unwrap_or(default), number("WHIMBREL_ONLY"));
+    let mut dice = Dice(seed(test));
+    // Also what is not run is drawn: the dice are the same for the one that is.
+    (0..runs)
+        .map(move |run| (run, draw(&mut dice)))
+        .filter(move |(run, _)| only.is_none_or(|only| only == *run))
+}
+
 /// Accelerators of this machine.
 pub(crate) fn accelerators() -> Vec<AccelChoice> {
     let probe = Config { accel: AccelChoice::Kvm, ..Config::new(8 << 20) };
@@ -105,12 +122,20 @@ impl Side {
     pub(crate) fn listen(&self, address: &str) -> Address {
         let address: Address = address.parse().expect("an address");
         self.migrator.incoming(&address, false).expect("a free address");
+        match &address {
+            Address::Tcp { .. } => self.address(),
+            _ => address,
+        }
+    }
+
+    /// Where it waits.
+    pub(crate) fn address(&self) -> Address {
         let told = self.migrator.info().socket_address.and_then(|all| all.into_iter().next());
-        match told {
-            Some(whimbrel::SocketAddressInfo::Inet { host, port }) => {
+        match told.expect("it waits") {
+            whimbrel::SocketAddressInfo::Inet { host, port } => {
                 Address::Tcp { host, port: port.parse().expect("a port") }
             }
-            _ => address,
+            other => panic!("{other:?}"),
         }
     }
 
@@ -133,6 +158,22 @@ impl Side {
     pub(crate) fn ended(&self, what: &str) -> MigrationInfo {
         until(what, || self.status().is_none_or(|status| !status.is_running()));
         self.migrator.info()
+    }
+
+    /// The migration says why it failed or paused, in one line that has all of `parts`.
+    pub(crate) fn expect_reason(&self, parts: &[&str], what: &str) {
+        let error = self.migrator.info().error_desc.expect("says why");
+        let said = parts.iter().all(|part| error.contains(part)) && !error.contains('\n');
+        assert!(said, "{what}: {error}");
+    }
+
+    /// The guest has not come, for such a reason, and nothing runs here.
+    pub(crate) fn expect_not_arrived(&self, parts: &[&str], what: &str) {
+        let info = self.ended(what);
+        assert_eq!(info.status, Some(MigrationStatus::Failed), "{what}: {:?}", info.error_desc);
+        self.expect_reason(parts, what);
+        assert_eq!(self.migrator.run_state(), RunState::Inmigrate, "{what}");
+        assert!(!self.runs(), "{what}");
     }
 
     /// The guest does something.

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde_json::{Map, Value, json};
 
 use super::scenario::{Compression, Method, Scenario};
+use crate::bench::metric;
 use crate::bench::sample::{Sample, Spread};
 
 /// One migration, or one plain transfer.
@@ -38,47 +39,20 @@ impl Figures {
     }
 }
 
-/// One figure: its name in JSON, its head in the table, how many decimals, and how to get it.
-struct Metric {
-    name: &'static str,
-    head: &'static str,
-    decimals: usize,
-    of: fn(&Figures) -> Option<f64>,
-}
+type Metric = metric::Metric<Figures>;
 
-const SPEED: Metric = Metric {
-    name: "gb-per-s",
-    head: "GB/s",
-    decimals: 2,
-    of: |run| Some(run.gigabytes_per_second),
-};
-const CPU: Metric = Metric {
-    name: "cpu-s-per-gib",
-    head: "CPU s/GiB",
-    decimals: 2,
-    of: |run| Some(run.cpu_per_gib()),
-};
-const SOURCE_CPU: Metric = Metric {
-    name: "source-cpu-s-per-gib",
-    head: "source",
-    decimals: 2,
-    of: |run| Some(run.source_cpu_per_gib),
-};
-const DESTINATION_CPU: Metric = Metric {
-    name: "destination-cpu-s-per-gib",
-    head: "destination",
-    decimals: 2,
-    of: |run| Some(run.destination_cpu_per_gib),
-};
-const DOWNTIME: Metric =
-    Metric { name: "downtime-ms", head: "downtime ms", decimals: 0, of: |run| run.downtime_ms };
-const TOTAL: Metric =
-    Metric { name: "total-time-ms", head: "total ms", decimals: 0, of: |run| Some(run.total_ms) };
-const SENT: Metric =
-    Metric { name: "sent-gib", head: "sent GiB", decimals: 2, of: |run| run.sent_gib };
+const SPEED: Metric = Metric::new("gb-per-s", "GB/s", 2, |run| Some(run.gigabytes_per_second));
+const CPU: Metric = Metric::new("cpu-s-per-gib", "CPU s/GiB", 2, |run| Some(run.cpu_per_gib()));
+const SOURCE_CPU: Metric =
+    Metric::new("source-cpu-s-per-gib", "source", 2, |run| Some(run.source_cpu_per_gib));
+const DESTINATION_CPU: Metric = Metric::new("destination-cpu-s-per-gib", "destination", 2, |run| {
+    Some(run.destination_cpu_per_gib)
+});
+const DOWNTIME: Metric = Metric::new("downtime-ms", "downtime ms", 0, |run| run.downtime_ms);
+const TOTAL: Metric = Metric::new("total-time-ms", "total ms", 0, |run| Some(run.total_ms));
+const SENT: Metric = Metric::new("sent-gib", "sent GiB", 2, |run| run.sent_gib);
 
-const METRICS: [&Metric; 7] =
-    [&SPEED, &CPU, &SOURCE_CPU, &DESTINATION_CPU, &DOWNTIME, &TOTAL, &SENT];
+const METRICS: [Metric; 7] = [SPEED, CPU, SOURCE_CPU, DESTINATION_CPU, DOWNTIME, TOTAL, SENT];
 
 /// Whose figures these are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,12 +73,8 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn spread(&self, metric: &Metric) -> Option<Spread> {
-        Spread::of(self.runs.iter().filter_map(metric.of))
-    }
-
     fn median(&self, metric: &Metric) -> Option<f64> {
-        self.spread(metric).map(|spread| spread.median)
+        metric.spread(&self.runs).map(|spread| spread.median)
     }
 
     pub(super) fn json(&self, rows: &[Row]) -> Value {
@@ -112,17 +82,13 @@ impl Row {
         object.insert("scenario".into(), json!(self.scenario.to_string()));
         object.insert("method".into(), json!(self.method.to_string()));
         object.insert("contender".into(), json!(self.contender));
-        for metric in METRICS {
-            object.insert(metric.name.into(), json!(self.spread(metric).map(Spread::json)));
-        }
+        object.extend(metric::spreads(&METRICS, &self.runs));
         for (name, metric) in [("gb-per-s-ratio", &SPEED), ("cpu-ratio", &CPU)] {
             object.insert(name.into(), json!(self.ratio(rows, metric)));
         }
         object.insert("of-plain".into(), json!(self.of_plain(rows)));
-        let runs = self.runs.iter().map(|run| {
-            METRICS.iter().map(|metric| (metric.name.to_owned(), json!((metric.of)(run)))).collect()
-        });
-        object.insert("runs".into(), runs.map(Value::Object).collect());
+        let runs = self.runs.iter().map(|run| metric::figures(&METRICS, run).into());
+        object.insert("runs".into(), Value::Array(runs.collect()));
         Value::Object(object)
     }
 
@@ -167,7 +133,7 @@ impl Row {
     }
 
     fn cells(&self, rows: &[Row]) -> String {
-        let spread = |metric: &Metric| match self.spread(metric) {
+        let spread = |metric: &Metric| match metric.spread(&self.runs) {
             Some(Spread { median, least, greatest }) => {
                 let decimals = metric.decimals;
                 format!("{median:.decimals$} ({least:.decimals$}..{greatest:.decimals$})")
@@ -196,13 +162,7 @@ impl Row {
 
 /// One run in one line, for whoever waits.
 pub(super) fn line(figures: &Figures) -> String {
-    METRICS
-        .iter()
-        .filter_map(|Metric { head, decimals, of, .. }| {
-            Some(format!("{head} {:.decimals$}", of(figures)?))
-        })
-        .collect::<Vec<_>>()
-        .join(", ")
+    metric::line(&METRICS, figures)
 }
 
 /// The rows as a Markdown table: medians, spreads, ratios.

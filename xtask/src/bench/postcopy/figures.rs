@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result};
 use serde_json::{Map, Value, json};
 
+use crate::bench::metric;
 use crate::bench::sample::Spread;
 
 /// The faults of one guest, from the first instruction at its destination to the last page.
@@ -50,36 +51,20 @@ pub(super) struct Figures {
     pub(super) own: Value,
 }
 
-/// One figure: its name in JSON, its head in the table, how many decimals, and how to get it.
-struct Metric {
-    name: &'static str,
-    head: &'static str,
-    decimals: usize,
-    of: fn(&Figures) -> Option<f64>,
-}
+type Metric = metric::Metric<Figures>;
 
 #[expect(clippy::cast_precision_loss, reason = "a count of faults is far below 2^53")]
 const METRICS: [Metric; 10] = [
-    Metric { name: "faults", head: "faults", decimals: 0, of: |run| Some(run.faults.count as f64) },
-    Metric { name: "mean-us", head: "mean us", decimals: 0, of: |run| Some(run.faults.mean_us) },
-    Metric { name: "p50-us", head: "p50", decimals: 0, of: |run| Some(run.faults.p50_us) },
-    Metric { name: "p90-us", head: "p90", decimals: 0, of: |run| Some(run.faults.p90_us) },
-    Metric { name: "p99-us", head: "p99", decimals: 0, of: |run| Some(run.faults.p99_us) },
-    Metric { name: "max-us", head: "max", decimals: 0, of: |run| Some(run.faults.max_us) },
-    Metric { name: "phase-s", head: "phase s", decimals: 2, of: |run| Some(run.phase_s) },
-    Metric { name: "downtime-ms", head: "downtime ms", decimals: 0, of: |run| run.downtime_ms },
-    Metric {
-        name: "source-cpu-s",
-        head: "source CPU s",
-        decimals: 1,
-        of: |run| Some(run.source_cpu_s),
-    },
-    Metric {
-        name: "destination-cpu-s",
-        head: "destination CPU s",
-        decimals: 1,
-        of: |run| Some(run.destination_cpu_s),
-    },
+    Metric::new("faults", "faults", 0, |run| Some(run.faults.count as f64)),
+    Metric::new("mean-us", "mean us", 0, |run| Some(run.faults.mean_us)),
+    Metric::new("p50-us", "p50", 0, |run| Some(run.faults.p50_us)),
+    Metric::new("p90-us", "p90", 0, |run| Some(run.faults.p90_us)),
+    Metric::new("p99-us", "p99", 0, |run| Some(run.faults.p99_us)),
+    Metric::new("max-us", "max", 0, |run| Some(run.faults.max_us)),
+    Metric::new("phase-s", "phase s", 2, |run| Some(run.phase_s)),
+    Metric::new("downtime-ms", "downtime ms", 0, |run| run.downtime_ms),
+    Metric::new("source-cpu-s", "source CPU s", 1, |run| Some(run.source_cpu_s)),
+    Metric::new("destination-cpu-s", "destination CPU s", 1, |run| Some(run.destination_cpu_s)),
 ];
 
 /// Of these the table has the spread, and the ratio to the baseline's.
@@ -97,22 +82,13 @@ pub(super) struct Row {
 }
 
 impl Row {
-    fn spread(&self, metric: &Metric) -> Option<Spread> {
-        Spread::of(self.runs.iter().filter_map(metric.of))
-    }
-
     pub(super) fn json(&self) -> Value {
         let mut object = Map::new();
         object.insert("scenario".into(), json!(self.scenario));
         object.insert("contender".into(), json!(self.contender));
-        for metric in &METRICS {
-            object.insert(metric.name.into(), json!(self.spread(metric).map(Spread::json)));
-        }
+        object.extend(metric::spreads(&METRICS, &self.runs));
         let runs = self.runs.iter().map(|run| {
-            let mut figures: Map<String, Value> = METRICS
-                .iter()
-                .map(|metric| (metric.name.to_owned(), json!((metric.of)(run))))
-                .collect();
+            let mut figures = metric::figures(&METRICS, run);
             figures.insert("reported".into(), run.own.clone());
             Value::Object(figures)
         });
@@ -123,13 +99,7 @@ impl Row {
 
 /// One run in one line, for whoever waits.
 pub(super) fn line(figures: &Figures) -> String {
-    METRICS
-        .iter()
-        .filter_map(|Metric { head, decimals, of, .. }| {
-            Some(format!("{head} {:.decimals$}", of(figures)?))
-        })
-        .collect::<Vec<_>>()
-        .join(", ")
+    metric::line(&METRICS, figures)
 }
 
 /// The rows as a Markdown table: medians, the spread of what is compared, ratios to the baseline.
@@ -157,13 +127,13 @@ fn head(metric: &Metric) -> String {
 
 fn cell(row: &Row, baseline: Option<&Row>, metric: &Metric) -> String {
     let Metric { decimals, name, .. } = metric;
-    let Some(spread) = row.spread(metric) else { return "-".to_owned() };
+    let Some(spread) = metric.spread(&row.runs) else { return "-".to_owned() };
     let Spread { median, least, greatest } = spread;
     if !COMPARED.contains(name) {
         return format!("{median:.decimals$}");
     }
     let mut cell = format!("{median:.decimals$} ({least:.decimals$}..{greatest:.decimals$})");
-    if let Some(base) = baseline.and_then(|baseline| baseline.spread(metric))
+    if let Some(base) = baseline.and_then(|baseline| metric.spread(&baseline.runs))
         && base.median > 0.0
         && !row.is_baseline
     {

@@ -25,7 +25,7 @@ pub(in crate::destination) struct PacketInput {
 }
 
 impl PacketInput {
-    pub(super) fn new(channel: Channel) -> PacketInput {
+    pub(in crate::destination) fn new(channel: Channel) -> PacketInput {
         let decoder = MultifdDecoder::new(TargetPage::FOUR_KIB);
         PacketInput {
             channel,

@@ -51,6 +51,8 @@ pub(crate) struct Opening {
     pub(crate) dialect: Dialect,
     /// Capability `zero-copy-send`.
     pub(crate) zero_copy: bool,
+    /// How many there are.
+    pub(crate) channels: u8,
 }
 
 /// The connections, and what belongs to them for as long as they live.
@@ -90,15 +92,37 @@ impl Channels {
             ));
         }
         let stop = cancel.part().map_err(Error::system("making an eventfd"))?;
-        let packets = AtomicU64::new(0);
         let packing = Packing::new(parameters, Peer::Stock);
-        let connect = |number| {
-            let mut sender = Sender::connect(number, route, &stop, links, opening, &packing)?;
-            sender.send_sync(&packets)?;
-            Ok(sender)
-        };
-        let senders =
-            (0..parameters.multifd_channels).map(connect).collect::<Result<_, Error>>()?;
+        let mut channels = Channels::open(route, stop, links, opening, packing, &|_| Vec::new())?;
+        channels.end_round()?;
+        Ok(channels)
+    }
+
+    /// Connects all channels anew after the link broke in postcopy: each begins with its `hello`.
+    pub(crate) fn connect_again(
+        route: &Route,
+        cancel: &Cancel,
+        links: &Links,
+        opening: &Opening,
+        parameters: &Parameters,
+        hello: &dyn Fn(u8) -> Vec<u8>,
+    ) -> Result<Channels, Error> {
+        let packing = Packing::new(parameters, Peer::Whimbrel);
+        Channels::open(route, cancel.clone(), links, opening, packing, hello)
+    }
+
+    fn open(
+        route: &Route,
+        stop: Cancel,
+        links: &Links,
+        opening: &Opening,
+        packing: Packing,
+        hello: &dyn Fn(u8) -> Vec<u8>,
+    ) -> Result<Channels, Error> {
+        let connect =
+            |number| Sender::connect(number, route, &stop, links, opening, &packing, hello(number));
+        let senders = (0..opening.channels).map(connect).collect::<Result<_, Error>>()?;
+        let packets = AtomicU64::new(0);
         Ok(Channels { senders, dialect: opening.dialect, stop, packets, packing })
     }
 

@@ -50,7 +50,7 @@ struct Packet<'a> {
 }
 
 impl Sender {
-    /// Connects channel `number`, and says which one it is.
+    /// Connects channel `number`, and says, behind `first`, which one it is.
     pub(super) fn connect(
         number: u8,
         route: &Route,
@@ -58,6 +58,7 @@ impl Sender {
         links: &Links,
         opening: &Opening,
         packing: &Packing,
+        first: Vec<u8>,
     ) -> Result<Sender, Error> {
         let name = channel::name::multifd(number);
         let channel = route.connect(name, cancel, links).map_err(|error| match error {
@@ -73,7 +74,8 @@ impl Sender {
             }
             error => error,
         })?;
-        let mut header = Vec::with_capacity(PacketHeader::len(WIRE_PAGE));
+        let mut header = first;
+        header.reserve(PacketHeader::len(WIRE_PAGE));
         MultifdInit { uuid: opening.uuid, channel: number }.encode(&mut header);
         let zero_copy = match opening.zero_copy {
             true => Some(ZeroCopy::on(&channel)?),
@@ -128,12 +130,10 @@ impl Sender {
         if !normal.is_empty() || !zero.is_empty() {
             let block = crew.ram().block(*index);
             let packed = self.packer.pack(block, normal)?;
-            let offsets = |pages: &[TargetPage]| -> Vec<BlockOffset> {
-                pages.iter().map(|page| BlockOffset(page.offset())).collect()
-            };
+            let offset = |page: &TargetPage| BlockOffset(page.offset());
             let header = PacketHeader::pages(
                 &name(block.name())?,
-                (&offsets(normal), &offsets(zero)),
+                (normal.iter().map(offset), zero.iter().map(offset)),
                 (packed.flags(), packed.len(), packets.fetch_add(1, Ordering::Relaxed)),
                 WIRE_PAGE,
             );
