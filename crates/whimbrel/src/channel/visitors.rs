@@ -43,6 +43,8 @@ impl Listener {
             }
             let (mut let_in, mut partly) = (None, false);
             for (mut channel, since) in waiting.take_all() {
+                // It may have been taken in by a wait that has ended since.
+                channel.heed(cancel.clone());
                 let judged = match &let_in {
                     None => judge(&mut channel),
                     Some(_) => Judged::NotYet { partly: false },
