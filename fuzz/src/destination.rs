@@ -1,15 +1,19 @@
 //! A whole destination: what an input says on its channels is taken in by the real engine, with
 //! all of its threads, for a guest of 8 MiB.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use whimbrel::{Address, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start};
+use whimbrel::{
+    Address, AutoRecover, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start,
+};
 
 use crate::choices::Choices;
-use crate::ends::{End, within};
+use crate::ends::{patience, within};
 use crate::guest::{Alone, FuzzVm, expect_one_line, scratch};
-use crate::telling::{CHANNELS, Step, URGENT, steps};
+use crate::speaker::Speaker;
+use crate::telling::steps;
 
 /// The destination's own settings, a bit each in the first byte of an input.
 mod set {
@@ -17,6 +21,8 @@ mod set {
     pub(super) const PREEMPT: u8 = 2;
     pub(super) const MULTIFD: u8 = 4;
     pub(super) const BLOCKTIME: u8 = 8;
+    /// From a QEMU's broken link as well. That it goes with another is to have one byte of settings.
+    pub(super) const RECOVERS: u8 = BLOCKTIME;
     pub(super) const UUID: u8 = 16;
     pub(super) const STAYS_PAUSED: u8 = 32;
     /// It is told to end while the source has still to say something.
@@ -28,13 +34,13 @@ mod set {
 pub(crate) const SETTINGS: usize = 1;
 
 /// How long a destination to which nothing more comes may take to see that.
-const SEES_THE_END: Duration = Duration::from_millis(15);
+const SEES_THE_END: Duration = patience(15);
 
 /// The settings for one of [`crate::telling::migrations`].
 pub(crate) fn settings_for(name: &str) -> u8 {
     match name {
-        "postcopy" | "loading" | "run-apart" => set::POSTCOPY | set::BLOCKTIME,
-        "preempt" | "cut" => set::POSTCOPY | set::PREEMPT,
+        "postcopy" | "loading" | "run-apart" | "recovery-qemu" => set::POSTCOPY | set::BLOCKTIME,
+        "preempt" | "cut" | "recovery" => set::POSTCOPY | set::PREEMPT,
         "multifd" | "multifd-zstd" => set::MULTIFD,
         "multifd-goes-on" => set::POSTCOPY | set::MULTIFD,
         _ => 0,
@@ -69,52 +75,29 @@ fn run(data: &[u8]) -> MigrationInfo {
     let autostart = settings & set::STAYS_PAUSED == 0;
     let migrator = Migrator::new(vm.clone(), Start::Incoming { autostart });
     migrator.set_capabilities(&capabilities(settings)).expect("nothing runs");
+    migrator
+        .update_parameters(|parameters| {
+            if settings & set::RECOVERS != 0 {
+                parameters.auto_recover = AutoRecover::On;
+            }
+        })
+        .expect("allowed");
     let path = scratch("in");
     migrator.incoming(&Address::Unix(path.clone()), false).expect("a free address");
 
     let channels = if settings & set::MULTIFD != 0 { 3 } else { 1 };
-    let mut ends: Vec<Option<End>> = (0..CHANNELS)
-        .map(|channel| if channel < channels { End::connect(&path) } else { None })
-        .collect();
-    let mut more = Vec::new();
+    let mut speaker = Speaker::connect(path, channels);
     for step in steps {
-        match step {
-            Step::Send(channel, bytes) => {
-                let end = &mut ends[channel];
-                if end.is_none() && channel == URGENT {
-                    *end = End::connect(&path);
-                }
-                if let Some(end) = end {
-                    end.send(&bytes);
-                }
-            }
-            Step::Connect if ends[URGENT].is_none() => ends[URGENT] = End::connect(&path),
-            Step::Connect if more.len() < 8 => more.push(End::connect(&path)),
-            Step::Connect => {}
-            Step::Close(channel) => {
-                if let Some(end) = &mut ends[channel] {
-                    end.close();
-                }
-            }
-            Step::Settle => ends.iter_mut().flatten().for_each(End::settle),
-        }
-        ends.iter_mut().flatten().for_each(|end| {
-            end.receive();
-        });
+        speaker.go(step, || recover(&migrator));
     }
     if settings & set::YANKED != 0 {
         // Refused where it has ended already.
         let _ = migrator.yank();
     }
     if settings & set::ENDS_EARLY == 0 {
-        ends.iter_mut().flatten().for_each(|end| {
-            end.settle();
-            end.close();
-        });
+        speaker.close();
         within(SEES_THE_END, || {
-            ends.iter_mut().flatten().for_each(|end| {
-                end.receive();
-            });
+            speaker.receive();
             !is_under_way(&migrator)
         });
     }
@@ -125,11 +108,20 @@ fn run(data: &[u8]) -> MigrationInfo {
     // A destination that paused keeps watch over its guest's RAM for as long as there is a process.
     whimbrel::fuzzing::let_go();
     vm.end();
-    drop((migrator, ends, more));
+    drop((migrator, speaker));
     assert_eq!(Arc::strong_count(&vm), 1, "nobody holds the VM");
     drop(vm);
     alone.expect_nothing_left();
     info
+}
+
+/// Has a destination wait elsewhere for its source, if its migration is paused, or soon is.
+fn recover(migrator: &Migrator) -> Option<PathBuf> {
+    let paused = || migrator.info().status == Some(MigrationStatus::PostcopyPaused);
+    let path = scratch("again");
+    let recovers =
+        within(SEES_THE_END, paused) && migrator.recover(&Address::Unix(path.clone())).is_ok();
+    recovers.then_some(path)
 }
 
 fn is_under_way(migrator: &Migrator) -> bool {

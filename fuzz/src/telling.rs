@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use whimbrel_wire::header::capability;
 use whimbrel_wire::multifd::packet_flag;
+use whimbrel_wire::recovery::{HelloKind, Identity};
 use whimbrel_wire::{
     BlockIndex, BlockInfo, BlockList, BlockOffset, Command, Configuration, DeviceSection,
     DiscardRange, FileHeader, MappedRamHeader, MultifdInit, Name, Package, PacketHeader, PageSizes,
@@ -81,6 +82,16 @@ language! {
         Mapped { variant: u8, fill: u8 },
         /// Connects the urgent channel, or one more.
         Connect {},
+        /// What makes the migration itself, for a recovery.
+        Identity { beat: u8 },
+        /// Breaks all connections, and comes back: what follows is said on a new main channel.
+        Again {},
+        /// The first words of this channel in a recovery between whimbrels.
+        Hello { attempt: u8, kind: u8 },
+        /// The proof, when the other side has answered the hello.
+        Prove { wrong: u8 },
+        /// `migrate-recover` at the destination.
+        Recover {},
     }
 }
 
@@ -91,6 +102,12 @@ pub(crate) enum Step {
     Close(usize),
     Settle,
     Connect,
+    Again,
+    /// On a channel, of a try, as what it is.
+    Hello(usize, u8, HelloKind),
+    /// With a bit changed, if it is wrong.
+    Prove(bool),
+    Recover,
 }
 
 /// All that an input says.
@@ -269,6 +286,23 @@ impl Teller {
             }
             Said::Mapped { variant, fill } => self.mapped(variant, fill),
             Said::Connect {} => self.steps.push(Step::Connect),
+            Said::Identity { beat } => self.command(&Command::Identity(identity(beat))),
+            Said::Again {} => {
+                self.channel = 0;
+                self.records.iter_mut().for_each(RecordEncoder::forget_last_block);
+                self.steps.push(Step::Again);
+            }
+            Said::Hello { attempt, kind } => {
+                let kind = match (kind % 4, self.channel) {
+                    (0, 0) | (1, _) => HelloKind::Main,
+                    (0, URGENT) | (2, _) => HelloKind::Urgent,
+                    (0, channel) => HelloKind::Multifd(u8::try_from(channel - 1).expect("few")),
+                    _ => HelloKind::Multifd(kind >> 2),
+                };
+                self.steps.push(Step::Hello(self.channel, attempt, kind));
+            }
+            Said::Prove { wrong } => self.steps.push(Step::Prove(wrong & 1 != 0)),
+            Said::Recover {} => self.steps.push(Step::Recover),
         }
     }
 
@@ -488,8 +522,12 @@ impl Teller {
         };
         let flags = flags | if method & 0x80 != 0 { packet_flag::SYNC } else { 0 };
         let len = u32::try_from(data.len()).expect("a packet");
-        let header =
-            PacketHeader::pages(&block, (normal, zero), (flags, len, 7), TargetPage::FOUR_KIB);
+        let header = PacketHeader::pages(
+            &block,
+            (normal.iter().copied(), zero.iter().copied()),
+            (flags, len, 7),
+            TargetPage::FOUR_KIB,
+        );
         self.send(|out| {
             header.encode(out);
             if !normal.is_empty() {
@@ -513,7 +551,7 @@ fn ping(what: u8) -> u32 {
         1 => 0x5748_ffff,
         2 => 0x5748_0000,
         3 => 0x5748_0002,
-        4 => 0x5748_000f,
+        4 => 0x5748_001f,
         5 => 0x5041_524b,
         6 => 3,
         7 => 0x42,
@@ -533,6 +571,11 @@ fn other_command(what: u8, value: u32) -> Command {
         5 => Command::SwitchoverStart,
         _ => Command::Packaged { len: value },
     }
+}
+
+/// What makes every migration of an input itself.
+pub(crate) fn identity(beat: u8) -> Identity {
+    Identity { id: [3; 16], secret: [4; 32], beat_ms: beat.into() }
 }
 
 /// Whole migrations, from which a fuzzer begins: a name and the operations.
@@ -684,7 +727,48 @@ pub(crate) fn migrations() -> Vec<(&'static str, Vec<Said>)> {
             ),
         },
     ];
+    let missing = |more: Vec<Said>| {
+        let rest = vec![
+            Said::Part {},
+            Said::Page { block: 0, page: 9, fill: 6 },
+            Said::EndSection {},
+            Said::End {},
+            Said::AllZero { but: u16::MAX },
+            Said::EndSection {},
+            Said::Eof {},
+        ];
+        let mut ops = begin(true, 0);
+        ops.push(Said::Identity { beat: 0 });
+        // The urgent channel is there before the link breaks, where there is one.
+        ops.extend([Said::Package { variant: 0 }, Said::Connect {}, Said::Settle {}]);
+        ops.push(Said::Again {});
+        ops.extend(more);
+        ops.extend(rest);
+        ops
+    };
+    let whimbrel_again = vec![
+        Said::Hello { attempt: 1, kind: 0 },
+        Said::Prove { wrong: 0 },
+        Said::Command { what: 3, value: 0 },
+        Said::Channel { number: 3 },
+        Said::Hello { attempt: 1, kind: 0 },
+        Said::Page { block: 0, page: 5, fill: 1 },
+        Said::Channel { number: 0 },
+        Said::Settle {},
+    ];
+    let qemu_asks = vec![
+        Said::Command { what: 4, value: 0 },
+        Said::Command { what: 0x12, value: 0 },
+        Said::Settle {},
+        Said::Command { what: 3, value: 0 },
+        Said::Settle {},
+    ];
+    let mut qemu_again = missing([vec![Said::Recover {}], qemu_asks].concat());
+    // Without it nothing can be proved.
+    qemu_again.retain(|op| !matches!(op, Said::Identity { .. }));
     vec![
+        ("recovery", missing(whimbrel_again)),
+        ("recovery-qemu", qemu_again),
         ("precopy", precopy),
         ("deltas", deltas),
         ("postcopy", guest_first(4, Vec::new(), true)),
