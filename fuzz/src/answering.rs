@@ -44,6 +44,12 @@ language! {
         Yank {},
         /// Goes away at once.
         Leave {},
+        /// Breaks all connections; the source may come back.
+        Break {},
+        /// The answer to a source that has come back, if it is a whimbrel.
+        Welcome { wrong: u8 },
+        /// The source is told to come back.
+        Resume {},
     }
 }
 
@@ -73,7 +79,10 @@ pub(crate) fn encode(op: &Answered, out: &mut Vec<u8>) {
         | Answered::Manners { .. }
         | Answered::Pause {}
         | Answered::Yank {}
-        | Answered::Leave {} => {}
+        | Answered::Leave {}
+        | Answered::Break {}
+        | Answered::Welcome { .. }
+        | Answered::Resume {} => {}
     }
 }
 
@@ -188,7 +197,32 @@ pub(crate) fn conversations() -> Vec<(&'static str, u8, Vec<Answered>)> {
         Answered::Request { block: 6, page: 7, len: 0 },
         Answered::Bitmap { block: 0, size: 0, fill: 0 },
     ];
+    let gone = |pongs| {
+        vec![
+            agrees(pongs),
+            Answered::StartPostcopy {},
+            Answered::Await { what: 4 },
+            Answered::Pong { what: 7 },
+            Answered::Pong { what: 8 },
+            Answered::Await { what: 2 },
+            Answered::Request { block: 0, page: 7, len: 0 },
+            Answered::Break {},
+        ]
+    };
+    let bitmaps = vec![
+        Answered::Bitmap { block: 0, size: 0, fill: 0xf0 },
+        Answered::Bitmap { block: 4, size: 9, fill: 0 },
+    ];
+    let end = vec![Answered::Await { what: 3 }, Answered::Shut { value: 0 }];
+    let welcome =
+        vec![Answered::Welcome { wrong: 0 }, Answered::Request { block: 0, page: 9, len: 0 }];
+    let recovery = [gone(0x12), welcome, bitmaps.clone(), end.clone()].concat();
+    let acknowledged = vec![Answered::Await { what: 0 }, Answered::ResumeAck { value: 1 }];
+    let recovery_qemu =
+        [gone(0x80), vec![Answered::Resume {}], bitmaps, acknowledged, end].concat();
     vec![
+        ("recovery", set::POSTCOPY | set::PREEMPT, recovery),
+        ("recovery-qemu", set::POSTCOPY | set::RECOVERS, recovery_qemu),
         ("precopy", set::RETURN_PATH, precopy.clone()),
         ("no-return-path", 0, vec![Answered::Await { what: 3 }]),
         ("xbzrle", set::RETURN_PATH | set::XBZRLE, precopy.clone()),

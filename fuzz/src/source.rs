@@ -3,11 +3,16 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use whimbrel::{Address, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start};
+use whimbrel::fuzzing::Knowing;
+use whimbrel::{
+    Address, AutoRecover, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start,
+};
+use whimbrel_wire::recovery::{Hello, Proof};
 use whimbrel_wire::{ChannelKind, Command, Decoded, MainDecoder, MainOptions, ReturnMessage};
 
 use crate::answering::{Answered, encode};
@@ -25,6 +30,9 @@ pub(crate) mod set {
     /// What is not asked for in postcopy comes slowly.
     pub(super) const SLOW: u8 = 32;
     pub(super) const UUID: u8 = 64;
+    /// A QEMU is looked for by itself when its link breaks. That it goes with another is to have one
+    /// byte of settings.
+    pub(crate) const RECOVERS: u8 = UUID;
     /// The guest stands still before it is moved.
     pub(super) const PAUSED: u8 = 128;
 }
@@ -63,12 +71,28 @@ struct Far {
     pongs: Option<u8>,
     in_package: bool,
     heard: Heard,
+    /// What makes the migration itself, if the source has said so.
+    knowing: Option<Knowing>,
+    words: Words,
+    /// The first words of a source that has come back.
+    hello: Option<Hello>,
+}
+
+/// What the next bytes of the main channel are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Words {
+    Stream,
+    Hello,
+    Proof,
+    /// Nothing that is understood here.
+    Anything,
 }
 
 /// What the source has said.
 #[derive(Clone, Copy, Debug, Default)]
 struct Heard {
     pings: u32,
+    resumed: bool,
     ram: bool,
     /// A package begins; its RUN may wait for an answer.
     devices: bool,
@@ -88,8 +112,13 @@ impl Far {
         while let Ok((stream, _)) = self.listener.accept() {
             any = true;
             let end = End::new(stream);
-            match self.main {
+            match &self.main {
                 None => self.main = Some(end),
+                // It tries once more.
+                Some(main) if main.ended && self.words != Words::Stream => {
+                    self.main = Some(end);
+                    self.comes_back();
+                }
                 Some(_) => self.others.push(end),
             }
         }
@@ -109,7 +138,16 @@ impl Far {
     fn hear(&mut self, main: &mut End) {
         let came = std::mem::take(&mut main.came);
         let mut at = 0;
-        loop {
+        if self.words == Words::Hello
+            && let Some(first) = came.first_chunk()
+        {
+            self.hello = Some(Hello::parse(first).expect("our own source's"));
+            (at, self.words) = (Hello::LEN, Words::Proof);
+        }
+        if self.words == Words::Proof && came.len() - at >= Proof::LEN {
+            (at, self.words) = (at + Proof::LEN, Words::Stream);
+        }
+        while self.words == Words::Stream {
             let payload = self.decoder.payload_left();
             if payload > 0 {
                 let here = payload.min((came.len() - at) as u64);
@@ -129,7 +167,7 @@ impl Far {
                 Decoded::Command(Command::Ping(value)) => {
                     self.heard.pings += 1;
                     let agreed = |pongs: u8| match pongs & 0x80 {
-                        0 if value & 0xffff_0000 == QUESTION => AGREED | u32::from(pongs & 0x0f),
+                        0 if value & 0xffff_0000 == QUESTION => AGREED | u32::from(pongs & 0x1f),
                         _ => value,
                     };
                     if let Some(pongs) = self.pongs {
@@ -138,15 +176,71 @@ impl Far {
                         main.send(&bytes);
                     }
                 }
+                Decoded::Command(Command::PostcopyResume) => self.heard.resumed = true,
                 Decoded::Ram(_) => self.heard.ram = true,
                 Decoded::PackageFollows { .. } => {
                     (self.in_package, self.heard.devices) = (true, true);
                 }
-                Decoded::Eof => self.heard.eof = true,
+                Decoded::Command(Command::Identity(identity)) => {
+                    self.knowing = Some(Knowing::new(identity));
+                }
+                Decoded::Eof => {
+                    self.heard.eof = true;
+                    if self.heard.devices {
+                        // A last word may follow, which is no part of the stream.
+                        self.words = Words::Anything;
+                    }
+                }
                 _ => {}
             }
         }
         main.came = came[at..].to_vec();
+    }
+
+    /// Breaks all connections.
+    fn break_all(&mut self) {
+        self.look();
+        (self.main, self.others) = (None, Vec::new());
+        self.comes_back();
+    }
+
+    /// The next main channel is that of a recovery.
+    fn comes_back(&mut self) {
+        let fresh = MainDecoder::new(MainOptions::default());
+        let known = match std::mem::replace(&mut self.decoder, fresh).reconnected() {
+            Ok(decoder) => {
+                self.decoder = decoder;
+                true
+            }
+            // The guest had not gone.
+            Err(_) => false,
+        };
+        (self.hello, self.in_package) = (None, false);
+        (self.heard.pings, self.heard.resumed) = (0, false);
+        self.words = match (&self.knowing, known) {
+            (_, false) => Words::Anything,
+            (Some(_), true) => Words::Hello,
+            (None, true) => Words::Stream,
+        };
+    }
+
+    /// Answers a source that has come back.
+    fn welcome(&mut self, wrong: bool) {
+        let since = Instant::now();
+        while self.hello.is_none() && self.words == Words::Hello && since.elapsed() < AWAITED {
+            self.look();
+            self.wait();
+        }
+        if let (Some(hello), Some(knowing), Some(main)) =
+            (&self.hello, &self.knowing, &mut self.main)
+        {
+            let mut words = Vec::new();
+            knowing.welcome(hello).encode(&mut words);
+            if wrong && let Some(last) = words.last_mut() {
+                *last ^= 1;
+            }
+            main.send(&words);
+        }
     }
 
     /// Reads on until `heard`, or the source has been silent for long.
@@ -158,6 +252,15 @@ impl Far {
                 false if since.elapsed() > silence => return,
                 false => self.wait(),
             }
+        }
+    }
+
+    /// Waits for the source to connect.
+    fn wait_for_main(&mut self) {
+        let since = Instant::now();
+        while self.main.is_none() && since.elapsed() < AWAITED {
+            self.look();
+            self.wait();
         }
     }
 
@@ -184,14 +287,21 @@ fn run(data: &[u8]) -> MigrationInfo {
     let ops: Vec<Answered> = read_all(&mut choices);
 
     let vm = FuzzVm::new((settings & set::UUID != 0).then_some([1; 16]));
-    vm.write(0, 8, 7);
+    vm.write(0, 64, 7);
     let migrator = Migrator::new(vm.clone(), Start::Paused);
     migrator.set_capabilities(&capabilities(settings)).expect("nothing runs");
     migrator
         .update_parameters(|parameters| {
             parameters.multifd_channels = 2;
+            if settings & (set::POSTCOPY | set::PREEMPT) != 0 {
+                // Or it would be over before it is told to go over to postcopy.
+                parameters.max_bandwidth = 64 << 10;
+            }
             if settings & set::SLOW != 0 {
                 parameters.max_postcopy_bandwidth = 1;
+            }
+            if settings & set::RECOVERS != 0 {
+                parameters.auto_recover = AutoRecover::On;
             }
         })
         .expect("allowed");
@@ -203,11 +313,22 @@ fn run(data: &[u8]) -> MigrationInfo {
     listener.set_nonblocking(true).expect("a socket");
     let decoder = MainDecoder::new(MainOptions::default());
     let (others, heard) = (Vec::new(), Heard::default());
-    let pongs = Some(0x0f);
-    let mut far = Far { listener, main: None, others, decoder, pongs, in_package: false, heard };
+    let pongs = Some(0x1f);
+    let mut far = Far {
+        listener,
+        main: None,
+        others,
+        decoder,
+        pongs,
+        in_package: false,
+        heard,
+        knowing: None,
+        words: Words::Stream,
+        hello: None,
+    };
     migrator.migrate(Address::Unix(path.clone())).expect("nothing is in its way");
 
-    converse(&ops, &vm, &migrator, &mut far);
+    converse(&ops, &vm, &migrator, &mut far, &path);
     // Whatever it has still to say it says, or is waiting to be answered.
     far.hear_until(SILENCE, |_| false);
     let Far { main, others, listener, heard, .. } = far;
@@ -226,7 +347,7 @@ fn run(data: &[u8]) -> MigrationInfo {
     info
 }
 
-fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
+fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far, path: &Path) {
     let (mut damage, mut cut) = (None, 0);
     for op in ops {
         match op {
@@ -235,7 +356,7 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
             Answered::Close {} => far.main.iter_mut().for_each(End::close),
             Answered::CloseUrgent {} => far.others.clear(),
             Answered::Await { what } => match what % 5 {
-                0 => far.hear_until(AWAITED, |heard| heard.pings > 0),
+                0 => far.hear_until(AWAITED, |heard| heard.pings > 0 || heard.resumed),
                 1 => far.hear_until(AWAITED, |heard| heard.ram),
                 2 => far.hear_until(AWAITED, |heard| heard.package),
                 3 => far.hear_until(AWAITED, |heard| heard.eof),
@@ -248,6 +369,14 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
             Answered::Write { page, count, fill } => vm.write(*page, *count, *fill),
             Answered::Manners { pongs } => far.pongs = (pongs & 0x40 == 0).then_some(*pongs),
             Answered::Leave {} => return,
+            Answered::Break {} => far.break_all(),
+            Answered::Welcome { wrong } => far.welcome(wrong & 1 != 0),
+            Answered::Resume {} => {
+                let paused = || migrator.info().status == Some(MigrationStatus::PostcopyPaused);
+                within(AWAITED, paused);
+                // Refused where it is not.
+                let _ = migrator.resume(Address::Unix(path.into()));
+            }
             message => {
                 let mut bytes = Vec::new();
                 encode(message, &mut bytes);
@@ -258,7 +387,7 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
                 }
                 bytes.truncate(bytes.len().saturating_sub(std::mem::take(&mut cut)));
                 if far.main.is_none() {
-                    far.hear_until(AWAITED, |heard| heard.pings > 0);
+                    far.wait_for_main();
                 }
                 far.main.iter_mut().for_each(|main| main.send(&bytes));
                 far.look();
