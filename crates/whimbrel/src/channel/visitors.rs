@@ -85,3 +85,41 @@ impl super::waiting::Waiting {
         oldest.map(|since| INTRODUCTION.saturating_sub(since.elapsed()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::address::Address;
+    use crate::worker::Bell;
+
+    /// As a source that is back before its urgent channel was looked for.
+    #[test]
+    fn a_visitor_that_another_wait_took_in_is_heard_when_that_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("door");
+        let (session, door) = (Cancel::new().unwrap(), Cancel::new().unwrap());
+        let listener = Listener::bind(&Address::Unix(path.clone()), &door).unwrap();
+        let _urgent = UnixStream::connect(&path).unwrap();
+        let mut back = UnixStream::connect(&path).unwrap();
+        back.write_all(b"!").unwrap();
+        drop(listener.accept("urgent", &session).unwrap());
+        session.set();
+        let mut judge = |channel: &mut Channel| match channel.receive_all_until(
+            &mut [0],
+            Instant::now(),
+            "its first word",
+        ) {
+            Ok(()) => Judged::LetIn(()),
+            Err(reason) => Judged::Refused(reason),
+        };
+        // Whoever is not let in at once is not at all.
+        let now = Bell::new().unwrap();
+        now.ring();
+        let came = listener.next_visitor(&mut judge, &[now.as_fd()], &door).unwrap();
+        assert!(came.is_some(), "{}", listener.last_refusal());
+    }
+}
