@@ -7,7 +7,7 @@ use std::time::Duration;
 use whimbrel::{Address, Capability, MigrationInfo, MigrationStatus, Migrator, RunState, Start};
 
 use crate::choices::Choices;
-use crate::ends::{End, within};
+use crate::ends::{End, patience, within};
 use crate::guest::{Alone, FuzzVm, expect_one_line, scratch};
 use crate::telling::{CHANNELS, Step, URGENT, steps};
 
@@ -28,7 +28,7 @@ mod set {
 pub(crate) const SETTINGS: usize = 1;
 
 /// How long a destination to which nothing more comes may take to see that.
-const SEES_THE_END: Duration = Duration::from_millis(15);
+const SEES_THE_END: Duration = patience(15);
 
 /// The settings for one of [`crate::telling::migrations`].
 pub(crate) fn settings_for(name: &str) -> u8 {

@@ -12,7 +12,7 @@ use whimbrel::{Address, Error};
 use whimbrel_ram::TargetPage;
 
 use crate::choices::Choices;
-use crate::ends::{End, within};
+use crate::ends::{End, patience, within};
 use crate::guest::{Alone, expect_one_line, scratch};
 use crate::telling::{CHANNELS, Step, URGENT, steps};
 
@@ -30,7 +30,7 @@ mod set {
 pub(crate) const SETTINGS: usize = 1;
 
 /// How long a keeper to which nothing more comes may take to see that.
-const SEES_THE_END: Duration = Duration::from_millis(25);
+const SEES_THE_END: Duration = patience(25);
 
 /// The settings for one of [`crate::telling::migrations`].
 pub(crate) fn settings_for(name: &str) -> u8 {

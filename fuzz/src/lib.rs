@@ -27,7 +27,7 @@ mod unpack;
 
 pub use destination::destination;
 pub use keeping::{kept_file, receive};
-pub use limits::{limited, taken};
+pub use limits::limited;
 pub use mutate::mutate;
 pub use qmp::{qmp_client, qmp_server};
 pub use source::source;

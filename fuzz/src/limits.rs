@@ -52,21 +52,23 @@ fn limit() {
     let _ = MEMORY.set_limit(MEMORY.allocated() + room);
 }
 
-/// Bytes that are taken now.
-#[must_use]
-pub fn taken() -> usize {
-    MEMORY.allocated()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn what_is_taken_is_counted() {
-        let before = taken();
-        let bytes = vec![1u8; 1 << 20];
-        assert!(taken() >= before + bytes.len());
-        limited(|data| assert_eq!(vec![0u8; 32 << 20].len() + data.len(), (32 << 20) + 3), &[1; 3]);
+    fn more_than_the_limit_is_not_given() {
+        let reserve = |bytes| Vec::<u8>::new().try_reserve_exact(bytes);
+        limited(
+            |data| {
+                let reserve = |bytes| Vec::<u8>::new().try_reserve_exact(bytes);
+                assert_eq!(data, [1; 3]);
+                reserve(32 << 20).expect("half of it");
+                // As much as all other tests of this process have room for, and more.
+                reserve(16 * LIMIT).expect_err("too much");
+            },
+            &[1; 3],
+        );
+        reserve(16 * LIMIT).expect("there is no limit outside");
     }
 }

@@ -12,7 +12,7 @@ use whimbrel_wire::{ChannelKind, Command, Decoded, MainDecoder, MainOptions, Ret
 
 use crate::answering::{Answered, encode};
 use crate::choices::{Choices, read_all};
-use crate::ends::{End, timespec, within};
+use crate::ends::{End, patience, timespec, within};
 use crate::guest::{Alone, FuzzVm, expect_one_line, scratch};
 
 /// The source's own settings, a bit each in the first byte of an input.
@@ -32,8 +32,11 @@ pub(crate) mod set {
 /// How many bytes of settings an input begins with.
 pub(crate) const SETTINGS: usize = 1;
 
+/// How long it may be silent when there is nothing that it has to say.
+const SILENCE: Duration = Duration::from_millis(20);
+
 /// How long the source may be silent before what it is waited for is given up.
-const SILENCE: Duration = Duration::from_millis(30);
+const AWAITED: Duration = patience(30);
 
 fn capabilities(settings: u8) -> Vec<(Capability, bool)> {
     let preempt = settings & set::PREEMPT != 0;
@@ -147,12 +150,12 @@ impl Far {
     }
 
     /// Reads on until `heard`, or the source has been silent for long.
-    fn hear_until(&mut self, heard: impl Fn(&Heard) -> bool) {
+    fn hear_until(&mut self, silence: Duration, heard: impl Fn(&Heard) -> bool) {
         let mut since = Instant::now();
         while !heard(&self.heard) && self.main.as_ref().is_none_or(|main| !main.ended) {
             match self.look() {
                 true => since = Instant::now(),
-                false if since.elapsed() > SILENCE => return,
+                false if since.elapsed() > silence => return,
                 false => self.wait(),
             }
         }
@@ -181,12 +184,16 @@ fn run(data: &[u8]) -> MigrationInfo {
     let ops: Vec<Answered> = read_all(&mut choices);
 
     let vm = FuzzVm::new((settings & set::UUID != 0).then_some([1; 16]));
-    vm.write(0, 8, 7);
+    vm.write(0, 64, 7);
     let migrator = Migrator::new(vm.clone(), Start::Paused);
     migrator.set_capabilities(&capabilities(settings)).expect("nothing runs");
     migrator
         .update_parameters(|parameters| {
             parameters.multifd_channels = 2;
+            if settings & (set::POSTCOPY | set::PREEMPT) != 0 {
+                // Or it would be over before it is told to go over to postcopy.
+                parameters.max_bandwidth = 64 << 10;
+            }
             if settings & set::SLOW != 0 {
                 parameters.max_postcopy_bandwidth = 1;
             }
@@ -206,10 +213,10 @@ fn run(data: &[u8]) -> MigrationInfo {
 
     converse(&ops, &vm, &migrator, &mut far);
     // Whatever it has still to say it says, or is waiting to be answered.
-    far.hear_until(|_| false);
+    far.hear_until(SILENCE, |_| false);
     let Far { main, others, listener, heard, .. } = far;
     drop((main, others, listener));
-    within(SILENCE, || !is_under_way(&migrator));
+    within(AWAITED, || !is_under_way(&migrator));
     migrator.end();
     let info = migrator.info();
     expect_sound(&vm, &migrator, heard);
@@ -232,11 +239,11 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
             Answered::Close {} => far.main.iter_mut().for_each(End::close),
             Answered::CloseUrgent {} => far.others.clear(),
             Answered::Await { what } => match what % 5 {
-                0 => far.hear_until(|heard| heard.pings > 0),
-                1 => far.hear_until(|heard| heard.ram),
-                2 => far.hear_until(|heard| heard.package),
-                3 => far.hear_until(|heard| heard.eof),
-                _ => far.hear_until(|heard| heard.devices),
+                0 => far.hear_until(AWAITED, |heard| heard.pings > 0),
+                1 => far.hear_until(AWAITED, |heard| heard.ram),
+                2 => far.hear_until(AWAITED, |heard| heard.package),
+                3 => far.hear_until(AWAITED, |heard| heard.eof),
+                _ => far.hear_until(AWAITED, |heard| heard.devices),
             },
             // Refused where it does not fit; that is as good.
             Answered::StartPostcopy {} => drop(migrator.start_postcopy()),
@@ -255,7 +262,7 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far) {
                 }
                 bytes.truncate(bytes.len().saturating_sub(std::mem::take(&mut cut)));
                 if far.main.is_none() {
-                    far.hear_until(|heard| heard.pings > 0);
+                    far.hear_until(AWAITED, |heard| heard.pings > 0);
                 }
                 far.main.iter_mut().for_each(|main| main.send(&bytes));
                 far.look();
