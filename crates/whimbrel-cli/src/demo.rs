@@ -23,6 +23,7 @@ use crate::failure::Failure;
 use crate::monitor::{GUEST_PROGRESS, RAM_DIGEST, SELF_CHECK, VM_INFO};
 use crate::multifd_options::Compression;
 use crate::progress::mib;
+use crate::recovery::Plan;
 use crate::vm_options::VmOptions;
 use child::Child;
 use outcome::{Outcome, Postcopy, VmFacts};
@@ -144,6 +145,7 @@ impl Demo {
             to: &mut destination.qmp,
             timeout: Some(Duration::from_secs(self.timeout)),
             postcopy: in_postcopy.then_some(self.postcopy_after),
+            plan: Plan::default(),
             record: Some(&mut |look| record.look(look)),
         }
         .go("tcp:127.0.0.1:0")?;

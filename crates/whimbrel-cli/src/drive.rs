@@ -8,7 +8,8 @@ use serde_json::Value;
 use whimbrel_control::{Client, ClientError, MigrationReport};
 
 use crate::failure::Failure;
-use crate::progress::{Shown, describe};
+use crate::progress::{Shown, describe, describe_lost, mib};
+use crate::recovery::{Plan, Recovery};
 
 /// How long a QMP command may take.
 pub(crate) const COMMAND: Duration = Duration::from_secs(10);
@@ -70,7 +71,7 @@ pub(crate) struct Look<'l> {
     /// Since it was begun.
     pub(crate) after: Duration,
     pub(crate) source: &'l MigrationReport,
-    /// In postcopy only, when it has more to tell than that it waits.
+    /// In postcopy only, when it has more to tell than that it waits, and if it answers.
     pub(crate) destination: Option<&'l MigrationReport>,
 }
 
@@ -96,6 +97,8 @@ pub(crate) struct Run<'c> {
     pub(crate) timeout: Option<Duration>,
     /// Whether to go over to postcopy, which both sides have been allowed.
     pub(crate) postcopy: Option<After>,
+    /// What to do should the link break in postcopy.
+    pub(crate) plan: Plan,
     /// Who wants to know of every look, which is then taken more often.
     pub(crate) record: Option<&'c mut dyn FnMut(&Look<'_>)>,
 }
@@ -104,28 +107,19 @@ impl Run<'_> {
     /// Has the destination listen, the source migrate, and waits for the end on both sides.
     pub(crate) fn go(&mut self, via: &str) -> Result<Ended, Failure> {
         self.to.migrate_incoming(via)?;
-        let address = self.listening(via)?;
+        let address = listening(self.to, via)?;
+        let recovery = Recovery::new(&self.plan, &address, self.from, self.to)?;
         self.from.migrate(&address)?;
         let mut shown = Shown::new();
-        let ended = self.watch(&mut shown);
+        let ended = self.watch(recovery, &mut shown);
         shown.clear();
         ended
     }
 
-    /// Where the destination really listens.
-    fn listening(&mut self, via: &str) -> Result<String, Failure> {
-        let report = self.to.query_migrate()?;
-        let first = &report.raw["socket-address"][0];
-        match (first["host"].as_str(), first["port"].as_str()) {
-            (Some(host), Some(port)) if host.contains(':') => Ok(format!("tcp:[{host}]:{port}")),
-            (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
-            _ => Ok(via.into()),
-        }
-    }
-
-    fn watch(&mut self, shown: &mut Shown) -> Result<Ended, Failure> {
+    fn watch(&mut self, mut recovery: Recovery, shown: &mut Shown) -> Result<Ended, Failure> {
         let started = Instant::now();
         let mut wanted = self.postcopy;
+        let mut last = None;
         loop {
             // Before the first look: with 'after 0 ms', precopy is to send nothing if it can.
             if let Some(After::Time(time)) = wanted
@@ -134,12 +128,12 @@ impl Run<'_> {
                 self.from.migrate_start_postcopy()?;
                 wanted = None;
             }
-            let source = self.from.query_migrate()?;
-            let after = started.elapsed();
+            let source = self.source(last.take())?;
             let destination = match source.status.is_postcopy() {
-                true => Some(self.destination_in_postcopy(&source)?),
+                true => self.destination_in_postcopy()?,
                 false => None,
             };
+            let after = started.elapsed();
             if let Some(record) = &mut self.record {
                 record(&Look { after, source: &source, destination: destination.as_ref() });
             }
@@ -151,6 +145,13 @@ impl Run<'_> {
                 "failed" | "cancelled" => return Err(self.failed(&source)),
                 _ => {}
             }
+            let lost = match source.status.is_postcopy() {
+                true => {
+                    let both = (&source, destination.as_ref());
+                    recovery.step(self.from, self.to, both, after)?
+                }
+                false => None,
+            };
             if wanted == Some(After::FirstPass)
                 && source.info.ram.as_ref().is_some_and(|ram| ram.dirty_sync_count >= 2)
             {
@@ -160,7 +161,11 @@ impl Run<'_> {
             if self.timeout.is_some_and(|limit| after > limit) {
                 return Err(self.give_up(&source, after));
             }
-            shown.show_now_and_then(|| describe(&source.info));
+            shown.show_now_and_then(|| match lost {
+                Some(lost) => Some(describe_lost(&source, destination.as_ref(), lost)),
+                None => describe(&source.info),
+            });
+            last = Some(source);
             std::thread::sleep(self.next_look(after));
         }
     }
@@ -173,29 +178,34 @@ impl Run<'_> {
         }
     }
 
-    /// How the destination stands, where the guest is by now; an error when the link is broken.
-    fn destination_in_postcopy(
-        &mut self,
-        source: &MigrationReport,
-    ) -> Result<MigrationReport, Failure> {
-        let destination = self.to.query_migrate().map_err(|error| {
-            Failure::new(format!("in postcopy, with the guest there: the destination: {error}"))
-        })?;
-        let status = |report: &MigrationReport| report.status.name().to_owned();
-        let (here, there) = (status(source), status(&destination));
-        if here != "postcopy-paused" && !["postcopy-paused", "failed"].contains(&there.as_str()) {
-            return Ok(destination);
+    /// How the source stands. In postcopy one that does not answer stands as it did at the `last`
+    /// look: its guest has left, and a recovery may need nothing but time.
+    fn source(&mut self, last: Option<MigrationReport>) -> Result<MigrationReport, Failure> {
+        match (self.from.query_migrate(), last.filter(|last| last.status.is_postcopy())) {
+            (Ok(report), _) => Ok(report),
+            (Err(ClientError::TimedOut { .. }), Some(last)) => Ok(last),
+            (Err(error), Some(last)) => {
+                let left = last.info.ram.as_ref().map(|ram| mib(ram.remaining));
+                Err(Failure::new(format!(
+                    "in postcopy, with the guest at the destination and {} of its RAM still at the \
+                     source: the source: {error}",
+                    left.unwrap_or_else(|| "part".into()),
+                )))
+            }
+            (Err(error), None) => Err(error.into()),
         }
-        Err(Failure::new(format!(
-            "the migration broke in postcopy, with the guest at the destination and {} of its RAM \
-             still at the source: the source says {}; the destination says {}",
-            match &source.info.ram {
-                Some(ram) => crate::progress::mib(ram.remaining),
-                None => "part".into(),
-            },
-            said(source),
-            said(&destination),
-        )))
+    }
+
+    /// How the destination stands, where the guest is by now; `None` if it does not answer, as a QEMU
+    /// whose guest holds up all else.
+    fn destination_in_postcopy(&mut self) -> Result<Option<MigrationReport>, Failure> {
+        match self.to.query_migrate() {
+            Ok(report) => Ok(Some(report)),
+            Err(ClientError::TimedOut { .. }) => Ok(None),
+            Err(error) => Err(Failure::new(format!(
+                "in postcopy, with the guest there: the destination: {error}"
+            ))),
+        }
     }
 
     /// The source is done: so is the destination in a moment.
@@ -251,8 +261,19 @@ impl Run<'_> {
     }
 }
 
+/// Where `to` really listens, which has been told to do so at `via`.
+pub(crate) fn listening(to: &mut Client, via: &str) -> Result<String, ClientError> {
+    let report = to.query_migrate()?;
+    let first = &report.raw["socket-address"][0];
+    match (first["host"].as_str(), first["port"].as_str()) {
+        (Some(host), Some(port)) if host.contains(':') => Ok(format!("tcp:[{host}]:{port}")),
+        (Some(host), Some(port)) => Ok(format!("tcp:{host}:{port}")),
+        _ => Ok(via.into()),
+    }
+}
+
 /// A side's state, and why it is in it.
-fn said(report: &MigrationReport) -> String {
+pub(crate) fn said(report: &MigrationReport) -> String {
     match &report.info.error_desc {
         Some(why) => format!("{} ({why})", report.status),
         None => report.status.to_string(),

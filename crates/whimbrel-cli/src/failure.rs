@@ -20,14 +20,37 @@ impl fmt::Display for Failure {
             if at > 0 {
                 f.write_str("; ")?;
             }
-            f.write_str(line.trim())?;
+            f.write_str(&harmless(line.trim()))?;
         }
         Ok(())
     }
 }
 
+/// `text` without what could have a terminal do something: it may hold a peer's words.
+pub(crate) fn harmless(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        match character.is_control() {
+            true => out.extend(character.escape_default()),
+            false => out.push(character),
+        }
+    }
+    out
+}
+
 impl<E: std::error::Error> From<E> for Failure {
     fn from(error: E) -> Failure {
         Failure(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_one_line_that_does_nothing_to_a_terminal() {
+        let failure = Failure::new("it says: a\x1b[2Jb\u{9b}31m\r\n\n  and \u{e4}, too\n");
+        assert_eq!(failure.to_string(), "it says: a\\u{1b}[2Jb\\u{9b}31m; and \u{e4}, too");
     }
 }

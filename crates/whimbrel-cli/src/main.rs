@@ -14,6 +14,8 @@ mod monitor;
 mod multifd_options;
 mod progress;
 mod receive;
+mod recover_options;
+mod recovery;
 mod restore;
 mod signals;
 mod tls;

@@ -9,6 +9,7 @@ use whimbrel_vm::parse_size;
 
 use crate::drive::{After, COMMAND, Ended, Run, allow_postcopy};
 use crate::failure::Failure;
+use crate::recover_options::RecoverByHand;
 
 /// Drive a migration between two QMP sockets.
 #[derive(Debug, Args)]
@@ -38,6 +39,8 @@ pub(crate) struct Migrate {
     /// With --postcopy: so many ms after the start, or when every page has been sent once
     #[arg(long, requires = "postcopy", default_value_t = After::FirstPass, value_name = "MS|first-pass")]
     postcopy_after: After,
+    #[command(flatten)]
+    recovery: RecoverByHand,
     /// Give up after so many seconds; in postcopy only to watch, for nothing can be undone there
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
@@ -73,6 +76,7 @@ impl Migrate {
             to: &mut to,
             timeout: self.timeout.map(Duration::from_secs),
             postcopy: self.postcopy.then_some(self.postcopy_after),
+            plan: self.recovery.plan(),
             record: None,
         };
         let ended = run.go(&self.via)?;

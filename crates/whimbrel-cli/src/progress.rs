@@ -6,6 +6,9 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use whimbrel::MigrationInfo;
+use whimbrel_control::MigrationReport;
+
+use crate::failure::harmless;
 
 /// Between two looks on a terminal.
 const REDRAW: Duration = Duration::from_millis(100);
@@ -79,6 +82,7 @@ impl Shown {
 
     /// Shows `text`, in place of what was shown before where that is possible.
     pub(crate) fn show(&mut self, text: &str) {
+        let text = &*harmless(text);
         let mut out = io::stderr().lock();
         // A standard error that is gone is no reason to fail.
         if self.terminal {
@@ -128,6 +132,21 @@ pub(crate) fn describe(info: &MigrationInfo) -> Option<String> {
         text += &format!(", guest slowed by {percent} %");
     }
     Some(text)
+}
+
+/// The same while the link is lost: how long it has been, and how far a recovery is on either side.
+pub(crate) fn describe_lost(
+    source: &MigrationReport,
+    destination: Option<&MigrationReport>,
+    lost: Duration,
+) -> String {
+    format!(
+        "link lost, recovering for {} s: the source is {}, the destination {}, remaining {}",
+        lost.as_secs(),
+        source.status,
+        destination.map_or("silent", |report| report.status.name()),
+        source.info.ram.as_ref().map_or_else(|| "unknown".into(), |ram| mib(ram.remaining)),
+    )
 }
 
 /// Bytes for people.

@@ -75,6 +75,7 @@ impl Receive {
             Some(_) => eprintln!("waiting for a migration at {}", self.uri),
             None => {}
         }
+        self.tls.warn(receiver.socket_address().as_ref());
         let placed = receiver.progress();
         let started = Instant::now();
         let line = Line::start(move || {

@@ -1,10 +1,11 @@
-//! The options that say how channels are made secret.
+//! The options that say how channels are made secret, and a word where they are not.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use clap::Args;
 use whimbrel::kept::{Receiver, Restoring};
-use whimbrel::{Authorization, Error, Migrator, TlsCredentials, TlsEndpoint};
+use whimbrel::{Authorization, Error, Migrator, SocketAddressInfo, TlsCredentials, TlsEndpoint};
 
 /// How a source makes its channels secret.
 #[derive(Clone, Debug, Default, Args)]
@@ -43,6 +44,11 @@ impl TlsOfDestination {
         (!self.tls_authz.is_empty()).then(|| Authorization::only(self.tls_authz.clone()))
     }
 
+    /// Says so where anybody may come.
+    pub(crate) fn warn(&self, waits_at: Option<&SocketAddressInfo>) {
+        warn_of_strangers(waits_at, self.tls_creds.is_some());
+    }
+
     pub(crate) fn secure(&self, receiver: Receiver) -> Result<Receiver, Error> {
         let Some(folder) = &self.tls_creds else { return Ok(receiver) };
         let credentials = TlsCredentials::load(folder, TlsEndpoint::Server)?;
@@ -72,6 +78,11 @@ impl TlsOfVm {
     const CREDENTIALS: &str = "tls0";
     const AUTHORIZATION: &str = "authz0";
 
+    /// Says so where anybody may come.
+    pub(crate) fn warn(&self, waits_at: Option<&SocketAddressInfo>) {
+        warn_of_strangers(waits_at, self.tls_creds.is_some());
+    }
+
     pub(crate) fn secure(&self, migrator: &Migrator, incoming: bool) -> Result<(), Error> {
         let Some(folder) = &self.tls_creds else { return Ok(()) };
         let endpoint = if incoming { TlsEndpoint::Server } else { TlsEndpoint::Client };
@@ -86,5 +97,24 @@ impl TlsOfVm {
             parameters.tls_hostname = self.tls_hostname.clone().unwrap_or_default();
             parameters.tls_authz = if authz { Self::AUTHORIZATION.into() } else { String::new() };
         })
+    }
+}
+
+/// An address without a host is all of this host's, as in QEMU, and one that names none is no proof.
+fn warn_of_strangers(waits_at: Option<&SocketAddressInfo>, secret: bool) {
+    if !secret && waits_at.is_some_and(is_open_to_all) {
+        eprintln!(
+            "whimbrel: warning: this waits on every address of this host, and without TLS takes \
+             whoever connects first for the source: name an address, or use --tls-creds"
+        );
+    }
+}
+
+fn is_open_to_all(waits_at: &SocketAddressInfo) -> bool {
+    match waits_at {
+        SocketAddressInfo::Inet { host, .. } => {
+            host.parse().is_ok_and(|address: IpAddr| address.is_unspecified())
+        }
+        SocketAddressInfo::Unix { .. } | SocketAddressInfo::Fd { .. } => false,
     }
 }

@@ -11,6 +11,7 @@ use whimbrel_vm::{ReferenceVm, SerialOutput};
 
 use crate::failure::Failure;
 use crate::monitor;
+use crate::recover_options::RecoverOfSource;
 use crate::signals::OnSignal;
 use crate::tls_options::TlsOfVm;
 use crate::vm_options::VmOptions;
@@ -29,6 +30,8 @@ pub(crate) struct RunVm {
     incoming: Option<String>,
     #[command(flatten)]
     tls: TlsOfVm,
+    #[command(flatten)]
+    recover: RecoverOfSource,
     /// Leave the guest stopped until QMP's cont
     #[arg(long, short = 'S')]
     paused: bool,
@@ -66,6 +69,7 @@ impl RunVm {
         };
         let migrator = Arc::new(Migrator::new(vm.clone(), start));
         self.tls.secure(&migrator, incoming)?;
+        migrator.update_parameters(|parameters| self.recover.apply(parameters))?;
         let (end, ended) = mpsc::channel();
         let _told = end_on_failed_incoming(&migrator, end.clone());
         let _signals = {
@@ -76,6 +80,8 @@ impl RunVm {
         let backend = Arc::new(monitor::backend(&migrator, &vm, end));
         if let Some(address) = &address {
             migrator.incoming(address, true)?;
+            let waits_at = migrator.info().socket_address.unwrap_or_default();
+            self.tls.warn(waits_at.first());
         }
         let server = self.qmp.clone().map(|at| Server::bind(at, backend)).transpose()?;
         if !incoming && !self.paused {

@@ -68,6 +68,13 @@ pub trait Backend: Send + Sync {
     /// Begins a migration to `destination`.
     fn migrate(&self, destination: Address) -> Result<(), QmpError>;
 
+    /// Goes on with a migration that is paused in postcopy: connects to `destination`, and sends what
+    /// that side does not have.
+    fn migrate_resume(&self, destination: Address) -> Result<(), QmpError>;
+
+    /// Waits once more, at `source`, for a migration that is paused in postcopy.
+    fn migrate_recover(&self, source: Address) -> Result<(), QmpError>;
+
     /// Begins to wait for a migration at `source`; with `exit_on_error`, the VMM ends should that
     /// migration fail.
     fn migrate_incoming(&self, source: Address, exit_on_error: bool) -> Result<(), QmpError>;

@@ -9,9 +9,11 @@ use std::str::FromStr;
 pub enum Endpoint {
     /// A Unix socket.
     Unix(PathBuf),
-    /// TCP. There is no authentication: whoever can connect controls the VM.
+    /// TCP. There is no authentication: whoever can connect controls the VM, and runs commands as
+    /// its user.
     Tcp {
-        /// Name or address; empty is all addresses for a server, this host for a client.
+        /// Name or address; empty is this host. For all addresses a server wants `0.0.0.0` or `::`,
+        /// where QEMU's takes none for all.
         host: String,
         /// The port; 0 is any free one, for a server.
         port: u16,

@@ -128,6 +128,14 @@ impl Backend for MigratorBackend {
         self.migrator.migrate(destination).map_err(QmpError::generic)
     }
 
+    fn migrate_resume(&self, destination: Address) -> Result<(), QmpError> {
+        self.migrator.resume(destination).map_err(QmpError::generic)
+    }
+
+    fn migrate_recover(&self, source: Address) -> Result<(), QmpError> {
+        self.migrator.recover(&source).map_err(QmpError::generic)
+    }
+
     fn migrate_incoming(&self, source: Address, exit_on_error: bool) -> Result<(), QmpError> {
         self.migrator.incoming(&source, exit_on_error).map_err(QmpError::generic)
     }

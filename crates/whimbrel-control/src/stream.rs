@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, chmod};
+use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
@@ -149,11 +149,21 @@ impl Listener {
                 Ok(Listener::Unix { listener, file })
             }
             Endpoint::Tcp { host, port } => {
-                let host = if host.is_empty() { "::" } else { host };
+                let host = if host.is_empty() { "localhost" } else { host };
                 let listener = TcpListener::bind((host, *port))?;
                 listener.set_nonblocking(true)?;
                 Ok(Listener::Tcp(listener))
             }
+        }
+    }
+
+    /// Whether others than this host's users can connect.
+    pub(crate) fn is_open_to_others(&self) -> bool {
+        match self {
+            Listener::Unix { .. } => false,
+            Listener::Tcp(listener) => !listener
+                .local_addr()
+                .is_ok_and(|address| address.ip().to_canonical().is_loopback()),
         }
     }
 
@@ -213,15 +223,15 @@ fn remove_stale(path: &Path) -> io::Result<()> {
     if is_socket && refused() { fs::remove_file(path) } else { Ok(()) }
 }
 
-/// Between `bind` and `listen` nobody can connect, so the mode is set there: there is no moment
-/// at which another user gets in.
+/// The name gets the mode of the socket that is bound to it, so that is set before: there is no
+/// moment at which another user gets in, and no path that could lead elsewhere meanwhile.
 fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
     let address = SocketAddrUnix::new(path)?;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     bind(&socket, &address)?;
     let made = fs::symlink_metadata(path)?;
     let file = SocketFile { path: path.to_owned(), device: made.dev(), inode: made.ino() };
-    chmod(path, Mode::RUSR | Mode::WUSR)?;
     listen(&socket, BACKLOG)?;
     Ok((UnixListener::from(socket), file))
 }
@@ -242,6 +252,16 @@ mod tests {
         assert_eq!(second.kind(), ErrorKind::AddrInUse);
         drop(listener);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn without_a_host_tcp_is_for_this_host_alone() {
+        let listens = |host: &str| Listener::bind(&Endpoint::Tcp { host: host.into(), port: 0 });
+        let private = listens("").unwrap();
+        assert!(!private.is_open_to_others(), "{:?}", private.endpoint());
+        assert!(!listens("127.0.0.1").unwrap().is_open_to_others());
+        let open = listens("0.0.0.0").unwrap();
+        assert!(open.is_open_to_others(), "{:?}", open.endpoint());
     }
 
     #[test]

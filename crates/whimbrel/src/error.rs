@@ -65,7 +65,8 @@ pub enum Error {
     },
     /// The other side took nothing of what was sent, or said nothing where it had to.
     #[error(
-        "{channel} channel: nothing has come through for {} s: the link or the other side hangs          (silence-limit)",
+        "{channel} channel: nothing has come through for {} s: the link or the other side hangs \
+         (silence-limit)",
         limit.as_secs_f32()
     )]
     Silent {

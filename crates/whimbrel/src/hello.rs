@@ -14,6 +14,10 @@ const LOWER: u32 = 0xffff;
 /// on in postcopy.
 pub(crate) const PING_PARKED: u32 = 0x5041_524b;
 
+/// The PONG by which a whimbrel says, unasked, that a package has come as a whole: from then on its
+/// guest can be lost no more, whatever becomes of the link.
+pub(crate) const PONG_PACKAGE: u32 = 0x5041_434b;
+
 /// What a whimbrel can do beyond QEMU's protocol.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Features(u16);

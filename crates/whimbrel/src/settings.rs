@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::address::{Address, AddressError};
+use crate::address::Address;
 
 /// What can be switched on (`MigrationCapability`). Only what this engine does is listed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -123,9 +123,6 @@ pub enum SettingError {
         /// What was given.
         found: u64,
     },
-    /// Parameter `recover-uri` is no address.
-    #[error("parameter 'recover-uri': {0}")]
-    Uri(AddressError),
     /// Not while a migration runs.
     #[error("There's a migration process in progress")]
     Running,
@@ -144,6 +141,14 @@ pub enum SettingError {
         capability: Capability,
         /// The other.
         other: Capability,
+    },
+    /// A parameter is no address that can be connected to once more.
+    #[error("parameter '{name}': {reason}")]
+    Address {
+        /// The parameter.
+        name: &'static str,
+        /// What is wrong with it.
+        reason: String,
     },
 }
 
@@ -307,9 +312,6 @@ impl Parameters {
         level("multifd-channels", self.multifd_channels, 1..=255, "1 to 255")?;
         level("multifd-zlib-level", self.multifd_zlib_level, 0..=9, "0 to 9")?;
         level("multifd-zstd-level", self.multifd_zstd_level, 0..=20, "0 to 20")?;
-        if !self.recover_uri.is_empty() {
-            self.recover_uri.parse::<Address>().map_err(SettingError::Uri)?;
-        }
         if (1..100).contains(&self.silence_limit) {
             return Err(SettingError::Range {
                 name: "silence-limit",
@@ -317,6 +319,7 @@ impl Parameters {
                 found: self.silence_limit,
             });
         }
+        check_recover_uri(&self.recover_uri)?;
         if !self.xbzrle_cache_size.is_power_of_two() || self.xbzrle_cache_size < 4096 {
             return Err(SettingError::Range {
                 name: "xbzrle-cache-size",
@@ -326,4 +329,19 @@ impl Parameters {
         }
         Ok(())
     }
+}
+
+/// What is connected to again and again is a socket.
+fn check_recover_uri(uri: &str) -> Result<(), SettingError> {
+    if uri.is_empty() {
+        return Ok(());
+    }
+    let reason = match uri.parse() {
+        Ok(Address::Tcp { .. } | Address::Unix(_)) => return Ok(()),
+        Ok(Address::Fd(_) | Address::Exec(_) | Address::File { .. }) => {
+            format!("'{uri}' cannot be connected to again and again: expected tcp: or unix:")
+        }
+        Err(error) => error.to_string(),
+    };
+    Err(SettingError::Address { name: "recover-uri", reason })
 }

@@ -103,12 +103,12 @@ enum Fate {
 
 #[test]
 fn a_cut_at_any_byte_leaves_one_guest_and_no_thread() {
-    let mut alone = Alone::begin();
+    let alone = Alone::begin();
     let mut fates = [0; 4];
     for (run, draw) in drawn("postcopy cut", ("WHIMBREL_CUTS", 50), draw) {
         let what = format!("run {run}: {draw:?}");
         let began = Instant::now();
-        let fate = cut_once(&draw, &mut alone, &what);
+        let fate = cut_once(&draw, &what);
         eprintln!("{what}: {fate:?} in {:?}", began.elapsed());
         fates[fate as usize] += 1;
         alone.expect_nothing_left(&what);
@@ -141,7 +141,7 @@ fn end_by_hand(side: &Side) {
     }
 }
 
-fn cut_once(draw: &Draw, alone: &mut Alone, what: &str) -> Fate {
+fn cut_once(draw: &Draw, what: &str) -> Fate {
     let (source, destination) =
         pair(draw.preempt, draw.channels, draw.bandwidth, draw.workload_seed);
     let address = destination.listen("tcp:127.0.0.1:0");

@@ -74,7 +74,8 @@ fn expect_paused(destination: &Side, source: &FarSource, parts: &[&str], what: &
         status == MigrationStatus::PostcopyPaused
     });
     destination.expect_reason(parts, what);
-    assert!(destination.runs(), "{what}: the guest has stopped");
+    // Its devices may still be loading.
+    until(&format!("{what}: the guest runs"), || destination.runs());
     expect_page(destination, source, 0, what);
     destination.migrator.cancel().expect_err("neither side has all of it");
     destination.migrator.stop().expect("stops");

@@ -16,7 +16,9 @@ use far_source::FarSource;
 use pki::{Authority, Who};
 use rustix::net::{AddressFamily, SocketAddrAny, SocketType};
 use vms::{Alone, Side, expect_movable, until};
-use whimbrel::{Address, Capability, MigrationStatus, RunState, TlsCredentials, TlsEndpoint};
+use whimbrel::{
+    Address, AutoRecover, Capability, MigrationStatus, RunState, TlsCredentials, TlsEndpoint,
+};
 use whimbrel_vm::{AccelChoice, Config, Fill};
 
 /// What "at once" is, on a machine that is busy with other tests.
@@ -116,8 +118,7 @@ fn a_source_that_is_not_even_accepted_is_free_at_once() {
 fn a_destination_that_hears_no_more_is_free_at_once() {
     /// What is sent before the source falls silent, and how the destination stands then.
     type Silence = (&'static str, fn(&mut FarSource), MigrationStatus);
-    let silences: [Silence; 4] = [
-        ("nothing", |_| {}, MigrationStatus::Active),
+    let silences: [Silence; 3] = [
         ("half a header", |s| s.words.extend(b"QEV"), MigrationStatus::Active),
         ("half a page", |s| half_a_page(s), MigrationStatus::Active),
         ("half a device", |s| half_a_device(s), MigrationStatus::Active),
@@ -168,6 +169,13 @@ fn a_destination_that_nobody_comes_to_is_free_at_once() {
             assert_eq!(status, MigrationStatus::Failed, "{address}: {error}");
             assert!(error.contains("shut down on request (yank)"), "{address}: {error}");
         }
+        // Or somebody does, and says nothing.
+        let destination = Side::waiting(&config(), true);
+        let _silent = FarSource::connect(&destination.listen("tcp:127.0.0.1:0"), &config());
+        std::thread::sleep(Duration::from_millis(20));
+        let (status, error) = yank(&destination, "silent");
+        assert_eq!(status, MigrationStatus::Failed, "silent: {error}");
+        assert!(error.contains("shut down on request (yank)"), "silent: {error}");
     }
     alone.expect_nothing_left("yanked listeners");
 }
@@ -275,7 +283,12 @@ fn in_postcopy_it_pauses_on_both_sides_as_if_the_link_had_broken() {
         wanted.extend(preempt.then_some(Capability::PostcopyPreempt));
         source.switch_on(&wanted);
         destination.switch_on(&wanted);
-        source.migrator.update_parameters(|p| p.max_postcopy_bandwidth = 1).expect("allowed");
+        for side in [&source, &destination] {
+            let change = |p: &mut whimbrel::Parameters| {
+                (p.max_postcopy_bandwidth, p.auto_recover) = (1, AutoRecover::Off);
+            };
+            side.migrator.update_parameters(change).expect("allowed");
+        }
         source.migrator.migrate(destination.listen("tcp:127.0.0.1:0")).expect("it starts");
         source.migrator.start_postcopy().expect("allowed");
         let both_active = || {

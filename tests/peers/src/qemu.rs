@@ -50,6 +50,8 @@ pub struct Qemu {
     complaints: PathBuf,
     /// Where it is saved, and its size in bytes.
     memory: (PathBuf, u64),
+    /// Another control socket: a QEMU listens to one client on each.
+    other_control: PathBuf,
     /// The guest's serial port.
     pub console: Console,
     /// The control socket.
@@ -63,7 +65,7 @@ impl Machine<'_> {
     /// QEMU is not there or refuses its arguments, in its own words.
     pub fn start(&self, folder: &Path, name: &str, begin: Begin) -> Result<Qemu> {
         let file = |extension: &str| folder.join(format!("{name}.{extension}"));
-        let (socket, complaints) = (file("qmp"), file("stderr"));
+        let (socket, other_control, complaints) = (file("qmp"), file("qmp2"), file("stderr"));
         let console = Console::at(&file("console"));
         let mut command = self.peer.command()?;
         command
@@ -74,6 +76,8 @@ impl Machine<'_> {
             .args(["-serial", "chardev:console"])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", other_control.display()))
             .args(self.backing.arguments(self.guest.mebibytes()))
             .args(self.guest.arguments(folder)?);
         match begin {
@@ -95,7 +99,10 @@ impl Machine<'_> {
         });
         let memory = (file("memory"), u64::from(self.guest.mebibytes()) << 20);
         match connected {
-            Ok(qmp) => Ok(Qemu { name: name.to_owned(), child, complaints, memory, console, qmp }),
+            Ok(qmp) => {
+                let name = name.to_owned();
+                Ok(Qemu { name, child, complaints, memory, other_control, console, qmp })
+            }
             Err(error) => {
                 end(&mut child);
                 Err(error)
@@ -136,6 +143,25 @@ impl Qemu {
         self.qmp.enable(capabilities)?;
         self.qmp.migrate(uri)?;
         self.wait_migrated(limit)
+    }
+
+    /// A control socket for somebody else, as the command takes it.
+    #[must_use]
+    pub fn other_control(&self) -> String {
+        format!("unix:{}", self.other_control.display())
+    }
+
+    /// Waits until a migration has this status.
+    ///
+    /// # Errors
+    /// It does not have it within `limit`; with what was said last.
+    pub fn wait_status(&mut self, status: &str, limit: Duration) -> Result<()> {
+        let mut last = serde_json::Value::Null;
+        let reached = wait::until(&format!("{} to be {status}", self.name), limit, || {
+            last = self.qmp.execute("query-migrate", &json!({}))?;
+            Ok((last["status"] == status).then_some(()))
+        });
+        reached.with_context(|| format!("last seen: {last}"))
     }
 
     /// Waits for the end of the migration under way, on either side.

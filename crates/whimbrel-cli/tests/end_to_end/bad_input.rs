@@ -382,9 +382,7 @@ fn a_receiver_is_interrupted() {
     let store = format!("--store={}", folder.path().join("store").display());
     let receive = Running::start(&["receive", &format!("unix:{}", socket.display()), &store]);
     receive.waits_at();
-    let mut interrupt = Command::new("kill");
-    interrupt.args(["-INT", &receive.id().to_string()]);
-    run(interrupt).expect_success("kill -INT");
+    receive.interrupt();
     receive.ended("interrupted").expect_line("interrupted", &["cancelled"]);
     assert_eq!(names(folder.path()), [""; 0], "something is left");
 }

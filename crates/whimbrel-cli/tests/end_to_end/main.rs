@@ -8,5 +8,7 @@ mod kept_in_parallel;
 mod postcopy;
 mod process;
 mod qmp;
+mod recovery;
+mod security;
 mod stalled;
 mod stream;

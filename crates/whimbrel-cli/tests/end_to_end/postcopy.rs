@@ -236,16 +236,23 @@ fn a_destination_that_is_killed_takes_the_guest_with_it_and_nothing_else() {
 #[test]
 fn migrate_says_what_each_side_says_when_postcopy_breaks() {
     let what = "migrate, broken";
-    let mut from = VmProcess::source(&SMALL);
-    let to = VmProcess::start(&[&SMALL[..], &["--incoming=defer"]].concat());
+    let options = [&SMALL[..], &["--auto-recover=off"]].concat();
+    let mut from = VmProcess::source(&options);
+    let to = VmProcess::start(&[&options[..], &["--incoming=defer"]].concat());
     let (a, b) = (from.qmp.endpoint().to_string(), to.qmp.endpoint().to_string());
-    let options = ["--postcopy", "--preempt", "--postcopy-after=0", "--bandwidth=4M"];
+    let options =
+        ["--postcopy", "--preempt", "--postcopy-after=0", "--bandwidth=4M", "--no-recover"];
     let driving = crate::process::Running::start(&[&["migrate", &a, &b][..], &options].concat());
     from.reaches("postcopy-active", what);
     from.qmp.migrate_pause().expect("it is in postcopy");
     driving.ended(what).expect_line(
         what,
-        &["broke in postcopy", "the source says postcopy-paused (", "the destination says "],
+        &[
+            "broke in postcopy",
+            "the source says postcopy-paused (",
+            "the destination says ",
+            "the source needs 'migrate' with 'resume'",
+        ],
     );
     expect_quits(from, what);
     expect_quits(to, what);

@@ -48,8 +48,15 @@ impl Ended {
     /// It failed with one line on the standard error, which holds all of `texts`. Lines of
     /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
-        const PROGRESS: [&str; 6] =
-            ["waiting for a migration at ", "received ", "setup", "active", "device", "postcopy-"];
+        const PROGRESS: [&str; 7] = [
+            "waiting for a migration at ",
+            "received ",
+            "setup",
+            "active",
+            "device",
+            "postcopy-",
+            "link lost, recovering ",
+        ];
         assert_eq!(self.status.code(), Some(1), "{what}: {self:?}");
         let progress = |line: &&str| PROGRESS.iter().any(|start| line.starts_with(start));
         let lines: Vec<&str> = self.err.lines().skip_while(progress).collect();
@@ -113,7 +120,7 @@ impl Running {
     }
 
     /// Runs any command beside the test.
-    fn beside(mut command: Command) -> Running {
+    pub(crate) fn beside(mut command: Command) -> Running {
         let folder = folder();
         let err = fs::File::create(folder.path().join("err")).expect("a file");
         let child = command
@@ -150,6 +157,13 @@ impl Running {
         let status = wait(&mut self.child, what);
         let out = fs::read_to_string(self.folder.path().join("out")).expect("what it said");
         Ended { status, out, err: self.err() }
+    }
+
+    /// SIGINT, by which it ends in order.
+    pub(crate) fn interrupt(&self) {
+        let mut interrupt = Command::new("kill");
+        interrupt.args(["-INT", &self.id().to_string()]);
+        run(interrupt).expect_success("kill -INT");
     }
 
     /// SIGKILL.

@@ -25,10 +25,14 @@ const READ_SIZE: usize = 16 << 10;
 const GRACE: Duration = Duration::from_millis(100);
 /// Events kept for whoever asks for them; then the oldest go.
 const MAX_EVENTS: usize = 4096;
+/// QMP's capability that lets commands overtake others.
+const OOB: &str = "oob";
 
 /// A negotiated connection to a QMP server.
 ///
-/// Events that come between replies are kept apart, for [`Client::next_event`].
+/// Events that come between replies are kept apart, for [`Client::next_event`]. Where the peer lets
+/// commands overtake others, those that may do so: they work while an earlier one is still
+/// waited for.
 #[derive(Debug)]
 pub struct Client {
     endpoint: Endpoint,
@@ -38,6 +42,7 @@ pub struct Client {
     last_id: u64,
     events: VecDeque<PeerEvent>,
     version: Value,
+    out_of_band: bool,
 }
 
 impl Client {
@@ -54,9 +59,15 @@ impl Client {
             last_id: 0,
             events: VecDeque::new(),
             version: Value::Null,
+            out_of_band: false,
         };
-        client.version = client.read_greeting()?;
-        client.execute("qmp_capabilities", json!({}))?;
+        let mut greeting = client.read_greeting()?;
+        client.version = greeting["version"].take();
+        let offered =
+            greeting["capabilities"].as_array().is_some_and(|all| all.contains(&OOB.into()));
+        let enable = if offered { json!({ "enable": [OOB] }) } else { json!({}) };
+        client.execute("qmp_capabilities", enable)?;
+        client.out_of_band = offered;
         Ok(client)
     }
 
@@ -75,10 +86,30 @@ impl Client {
     ///
     /// After [`ClientError::TimedOut`] the client can be used on: a late reply is dropped.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, ClientError> {
+        self.execute_by("execute", command, arguments)
+    }
+
+    /// As [`Client::execute`], and ahead of commands whose replies are still to come, where the peer
+    /// allows that at all. It has to allow it for this command.
+    pub fn execute_out_of_band(
+        &mut self,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, ClientError> {
+        let how = if self.out_of_band { "exec-oob" } else { "execute" };
+        self.execute_by(how, command, arguments)
+    }
+
+    fn execute_by(
+        &mut self,
+        how: &str,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, ClientError> {
         let awaited = format!("reply to {command}");
         self.last_id += 1;
         let id = Value::from(self.last_id);
-        let request = json!({ "execute": command, "arguments": arguments, "id": id });
+        let request = json!({ how: command, "arguments": arguments, "id": id });
         self.send(&format!("{request}\n"), &awaited)?;
         let deadline = Instant::now() + self.timeout;
         loop {
@@ -147,6 +178,17 @@ impl Client {
         self.execute("migrate", json!({ "uri": uri })).map(drop)
     }
 
+    /// `migrate` to a URI, with `resume`: goes on with a migration that is paused in postcopy. It
+    /// returns once connecting has begun.
+    pub fn migrate_resume(&mut self, uri: &str) -> Result<(), ClientError> {
+        self.execute("migrate", json!({ "uri": uri, "resume": true })).map(drop)
+    }
+
+    /// `migrate-recover`: a destination that is paused in postcopy waits once more, at a URI.
+    pub fn migrate_recover(&mut self, uri: &str) -> Result<(), ClientError> {
+        self.execute_out_of_band("migrate-recover", json!({ "uri": uri })).map(drop)
+    }
+
     /// `migrate-incoming` at a URI. Where it really listens is in
     /// [`MigrationReport::info`]'s `socket_address`.
     pub fn migrate_incoming(&mut self, uri: &str) -> Result<(), ClientError> {
@@ -171,12 +213,13 @@ impl Client {
 
     /// `migrate-pause`: breaks the connections of a migration in postcopy.
     pub fn migrate_pause(&mut self) -> Result<(), ClientError> {
-        self.execute("migrate-pause", json!({})).map(drop)
+        self.execute_out_of_band("migrate-pause", json!({})).map(drop)
     }
 
     /// `yank`: shuts the connections of the migration under way down, whoever waits on them.
     pub fn yank_migration(&mut self) -> Result<(), ClientError> {
-        self.execute("yank", json!({ "instances": [{ "type": "migration" }] })).map(drop)
+        let instances = json!({ "instances": [{ "type": "migration" }] });
+        self.execute_out_of_band("yank", instances).map(drop)
     }
 
     /// Switches a capability that whimbrel has too.
@@ -238,8 +281,8 @@ impl Client {
         let Some(mut message) = self.read_message(deadline, awaited)? else {
             return Err(self.timed_out(awaited.into(), self.timeout));
         };
-        if let Some(version) = message.pointer_mut("/QMP/version") {
-            return Ok(version.take());
+        if message.pointer("/QMP/version").is_some() {
+            return Ok(message["QMP"].take());
         }
         Err(match message.get("error") {
             Some(error) => self.refused("connecting", error),

@@ -12,7 +12,7 @@ use whimbrel::{MigrationInfo, MigrationStats, MigrationStatus};
 pub enum PeerStatus {
     /// One that whimbrel has too.
     Known(MigrationStatus),
-    /// Another, such as QEMU's `postcopy-recover`, `failing` or `wait-unplug`.
+    /// Another, such as QEMU's `failing` or `wait-unplug`.
     Other(String),
 }
 
@@ -153,7 +153,7 @@ mod tests {
                     "transferred": 7},
         });
         let report = MigrationReport::new(raw.clone());
-        assert_eq!(report.status, PeerStatus::Other("postcopy-recover".into()));
+        assert_eq!(report.status, PeerStatus::Known(MigrationStatus::PostcopyRecover));
         assert!(report.status.is_running() && report.status.is_postcopy());
         assert_eq!(report.info.total_time, Some(160));
         assert_eq!((report.info.expected_downtime, report.info.socket_address), (None, None));

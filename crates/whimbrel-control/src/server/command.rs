@@ -16,12 +16,13 @@ type Outcome = Result<Value, QmpError>;
 type Run = fn(Arguments, &dyn Backend) -> Outcome;
 
 /// Every command but the two that a session answers itself.
-const COMMANDS: [(&str, Run); 22] = [
+const COMMANDS: [(&str, Run); 23] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
     ("migrate-incoming", migrate_incoming),
     ("migrate-pause", migrate_pause),
+    ("migrate-recover", migrate_recover),
     ("migrate-set-capabilities", migrate_set_capabilities),
     ("migrate-set-parameters", migrate_set_parameters),
     ("migrate-start-postcopy", migrate_start_postcopy),
@@ -44,6 +45,25 @@ const COMMANDS: [(&str, Run); 22] = [
 /// Commands a session answers itself.
 const SESSION_COMMANDS: [&str; 2] = ["qmp_capabilities", "quit"];
 
+/// Commands that may overtake others (`exec-oob`): what helps a client whose earlier command waits
+/// for a migration, or for a guest that waits for one.
+const OUT_OF_BAND: [&str; 3] = ["migrate-pause", "migrate-recover", "yank"];
+
+/// Executes a command that is to overtake others.
+pub(super) fn execute_out_of_band(
+    command: &str,
+    arguments: Arguments,
+    backend: &dyn Backend,
+) -> Outcome {
+    if OUT_OF_BAND.contains(&command) {
+        return execute(command, arguments, backend);
+    }
+    Err(match names(backend).iter().any(|name| name == command) {
+        true => QmpError::generic(format_args!("The command {command} does not support OOB")),
+        false => QmpError::command_not_found(command),
+    })
+}
+
 /// Executes a command of a client that has negotiated.
 pub(super) fn execute(command: &str, arguments: Arguments, backend: &dyn Backend) -> Outcome {
     match COMMANDS.iter().find(|(name, _)| *name == command) {
@@ -52,6 +72,12 @@ pub(super) fn execute(command: &str, arguments: Arguments, backend: &dyn Backend
             .extra(command, &arguments.rest())
             .unwrap_or_else(|| Err(QmpError::command_not_found(command))),
     }
+}
+
+/// All commands, those of the backend included.
+fn names(backend: &dyn Backend) -> Vec<String> {
+    let own = COMMANDS.iter().map(|(name, _)| *name).chain(SESSION_COMMANDS);
+    own.map(str::to_owned).chain(backend.extra_commands()).collect()
 }
 
 /// What `query-version` answers. QEMU's clients want a version of QEMU: it is that of the QMP
@@ -84,10 +110,10 @@ fn migrate(mut arguments: Arguments, backend: &dyn Backend) -> Outcome {
     let resume = arguments.optional_bool("resume")?.unwrap_or(false);
     arguments.finish()?;
     let destination = place.address()?;
-    if resume {
-        return Err(QmpError::generic("Cannot resume if there is no paused migration"));
-    }
-    done(backend.migrate(destination))
+    done(match resume {
+        true => backend.migrate_resume(destination),
+        false => backend.migrate(destination),
+    })
 }
 
 fn migrate_incoming(mut arguments: Arguments, backend: &dyn Backend) -> Outcome {
@@ -113,6 +139,13 @@ fn migrate_continue(mut arguments: Arguments, backend: &dyn Backend) -> Outcome 
 fn migrate_pause(arguments: Arguments, backend: &dyn Backend) -> Outcome {
     arguments.finish()?;
     done(backend.migrate_pause())
+}
+
+/// QEMU knows `uri` alone.
+fn migrate_recover(mut arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    let place = Place::take(&mut arguments)?;
+    arguments.finish()?;
+    done(backend.migrate_recover(place.address()?))
 }
 
 fn migrate_start_postcopy(arguments: Arguments, backend: &dyn Backend) -> Outcome {
@@ -145,10 +178,7 @@ fn migrate_set_parameters(arguments: Arguments, backend: &dyn Backend) -> Outcom
 
 fn query_commands(arguments: Arguments, backend: &dyn Backend) -> Outcome {
     arguments.finish()?;
-    let own = COMMANDS.iter().map(|(name, _)| *name).chain(SESSION_COMMANDS);
-    let mut names: Vec<String> = own.map(str::to_owned).collect();
-    names.extend(backend.extra_commands());
-    Ok(names.into_iter().map(|name| json!({ "name": name })).collect())
+    Ok(names(backend).into_iter().map(|name| json!({ "name": name })).collect())
 }
 
 fn query_migrate(arguments: Arguments, backend: &dyn Backend) -> Outcome {

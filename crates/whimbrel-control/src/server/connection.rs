@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
+use super::in_order::InOrder;
 use super::outbox::Outbox;
-use super::session::Session;
+use super::session::{Answer, Session};
 use super::{Shared, event};
 use crate::framing::Framing;
 use crate::stream::Stream;
@@ -47,7 +48,9 @@ pub(super) fn serve(stream: &Stream, entered: &Entered, number: usize) {
         stream,
         shared: &entered.shared,
         outbox: &entered.outbox,
+        number,
         session: Session::new(),
+        in_order: None,
         framing: Framing::new(MAX_REQUEST),
         unsent: Vec::new(),
         at_end: false,
@@ -65,9 +68,12 @@ pub(super) fn serve(stream: &Stream, entered: &Entered, number: usize) {
 
 struct Connection<'c> {
     stream: &'c Stream,
-    shared: &'c Shared,
-    outbox: &'c Outbox,
+    shared: &'c Arc<Shared>,
+    outbox: &'c Arc<Outbox>,
+    number: usize,
     session: Session,
+    /// Executes what keeps its order, once the client may have commands overtake others.
+    in_order: Option<InOrder>,
     framing: Framing,
     /// Taken from the outbox.
     unsent: Vec<u8>,
@@ -79,13 +85,16 @@ impl Connection<'_> {
     fn run(&mut self) -> io::Result<()> {
         self.outbox.push_reply(&Session::greeting());
         loop {
-            let paused = self.answer_all();
+            let paused = self.answer_all()?;
+            self.end_if_told();
+            // Before a look at the backlog, to which a reply is added before nothing waits for one.
+            let idle = self.in_order.as_ref().is_none_or(InOrder::is_idle);
             self.send()?;
             let condition = self.outbox.condition();
             if condition.ending {
                 return self.send();
             }
-            if self.at_end && !paused && condition.backlog == 0 {
+            if self.at_end && !paused && idle && condition.backlog == 0 {
                 return Ok(());
             }
             if condition.too_slow {
@@ -94,7 +103,7 @@ impl Connection<'_> {
                     "it does not read its events ({kept} bytes waited for it)"
                 )));
             }
-            if paused && condition.backlog < PAUSE_BACKLOG {
+            if paused && !self.is_held_up() {
                 continue;
             }
             let mut interest = PollFlags::empty();
@@ -139,24 +148,49 @@ impl Connection<'_> {
         Ok(())
     }
 
-    /// Answers what has been read; true if requests are left because replies have to go first.
-    fn answer_all(&mut self) -> bool {
-        while self.outbox.condition().backlog < PAUSE_BACKLOG {
-            let Some(request) = self.framing.next_value() else { return false };
-            let answer = self.session.answer(request, &*self.shared.backend);
-            if answer.quit {
-                self.shared.send_event(&event::shutdown_line());
+    /// Whether replies have to go first, or commands to be executed, before more are taken.
+    fn is_held_up(&self) -> bool {
+        self.outbox.condition().backlog >= PAUSE_BACKLOG
+            || self.in_order.as_ref().is_some_and(InOrder::is_full)
+    }
+
+    /// Answers what has been read, or has it answered in its turn; true if requests are left.
+    fn answer_all(&mut self) -> io::Result<bool> {
+        while !self.is_held_up() {
+            let Some(message) = self.framing.next_value() else { return Ok(false) };
+            let stranger = message.is_err() && !self.session.is_negotiated();
+            let request = self.session.read(message);
+            match &self.in_order {
+                Some(in_order) if !request.overtakes() => in_order.push(request)?,
+                _ => {
+                    let answer = self.session.answer(request, &*self.shared.backend);
+                    deliver(self.shared, self.outbox, &answer);
+                    if self.session.is_negotiated() {
+                        self.outbox.negotiated();
+                    }
+                    self.end_if_told();
+                }
             }
-            self.outbox.push_reply(&answer.line);
-            if self.session.is_negotiated() {
-                self.outbox.negotiated();
+            if stranger {
+                // A browser's request is no JSON either, and the body that follows it may be.
+                self.send()?;
+                return Err(io::Error::other("it does not speak QMP"));
             }
-            if answer.quit {
-                self.flush_for(QUIT_FLUSH);
-                self.shared.backend.quit();
+            if self.session.is_out_of_band() && self.in_order.is_none() {
+                let session = self.session.clone();
+                self.in_order =
+                    Some(InOrder::start(self.number, session, self.shared, self.outbox)?);
             }
         }
-        true
+        Ok(true)
+    }
+
+    /// Ends the VMM, if a command said so, with its reply sent before.
+    fn end_if_told(&mut self) {
+        if self.outbox.take_quit() {
+            self.flush_for(QUIT_FLUSH);
+            self.shared.backend.quit();
+        }
     }
 
     /// Sends what can be sent at once.
@@ -186,6 +220,17 @@ impl Connection<'_> {
                 return;
             }
         }
+    }
+}
+
+/// Leaves an answer for the client's thread to send.
+pub(super) fn deliver(shared: &Shared, outbox: &Outbox, answer: &Answer) {
+    if answer.quit {
+        shared.send_event(&event::shutdown_line());
+    }
+    outbox.push_reply(&answer.line);
+    if answer.quit {
+        outbox.quit();
     }
 }
 

@@ -5,6 +5,7 @@ mod arguments;
 mod command;
 mod connection;
 mod event;
+mod in_order;
 mod object;
 mod outbox;
 mod parameters;
@@ -16,7 +17,7 @@ use std::io::{self, ErrorKind, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use whimbrel::Event;
@@ -33,6 +34,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(100);
 pub struct ServerOptions {
     /// How many clients may be connected at a time; the next is told so and disconnected.
     pub max_clients: usize,
+    /// A client that has been connected for so long and has not negotiated makes room for the next.
+    pub negotiation_limit: Duration,
     /// How many bytes of replies and events may wait for a client that does not read, before it
     /// is disconnected.
     pub max_backlog: usize,
@@ -41,10 +44,11 @@ pub struct ServerOptions {
 }
 
 impl Default for ServerOptions {
-    /// 8 clients, 256 KiB, standard error.
+    /// 8 clients, 10 s, 256 KiB, standard error.
     fn default() -> ServerOptions {
         ServerOptions {
             max_clients: 8,
+            negotiation_limit: Duration::from_secs(10),
             max_backlog: 256 << 10,
             report: Arc::new(|line| {
                 // A closed standard error is no reason to fail.
@@ -58,6 +62,7 @@ impl fmt::Debug for ServerOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ServerOptions")
             .field("max_clients", &self.max_clients)
+            .field("negotiation_limit", &self.negotiation_limit)
             .field("max_backlog", &self.max_backlog)
             .finish_non_exhaustive()
     }
@@ -115,6 +120,12 @@ impl Server {
         })?;
         let no_resources = |cause| ServerError::Resources { endpoint: endpoint.clone(), cause };
         let bound = listener.endpoint().map_err(no_resources)?;
+        if listener.is_open_to_others() {
+            (options.report)(&format!(
+                "{bound} is open to other hosts: whoever connects controls this VM, and runs \
+                 commands as its user"
+            ));
+        }
         let waker = Waker::new().map_err(no_resources)?;
         let shared = Arc::new(Shared {
             backend,
@@ -135,7 +146,7 @@ impl Server {
         };
         let acceptor = thread::Builder::new().name("qmp/accept".into()).spawn({
             let shared = Arc::clone(&shared);
-            move || Acceptor { listener, shared, threads: Vec::new() }.run()
+            move || Acceptor { listener, shared, clients: Vec::new() }.run()
         });
         let acceptor = Some(acceptor.map_err(no_resources)?);
         Ok(Server { endpoint: bound, shared, acceptor, subscription })
@@ -205,7 +216,21 @@ struct Acceptor {
     listener: Listener,
     shared: Arc<Shared>,
     /// By number, which is in the thread's name; `None` is free.
-    threads: Vec<Option<JoinHandle<()>>>,
+    clients: Vec<Option<Client>>,
+}
+
+/// A client's thread, and what it can be reached by.
+struct Client {
+    thread: JoinHandle<()>,
+    outbox: Arc<Outbox>,
+    since: Instant,
+}
+
+impl Client {
+    fn join(self) {
+        // Should it have panicked, its message is out already.
+        let _ = self.thread.join();
+    }
 }
 
 impl Acceptor {
@@ -224,9 +249,7 @@ impl Acceptor {
         for client in self.shared.clients().iter() {
             client.end();
         }
-        for thread in self.threads.iter_mut().filter_map(Option::take) {
-            let _ = thread.join();
-        }
+        self.clients.drain(..).flatten().for_each(Client::join);
     }
 
     /// Waits for a client or the waker; when resting, for the waker or the end of the rest.
@@ -247,13 +270,35 @@ impl Acceptor {
     }
 
     fn join_gone(&mut self) {
-        for slot in &mut self.threads {
-            if slot.as_ref().is_some_and(JoinHandle::is_finished)
-                && let Some(thread) = slot.take()
-            {
-                let _ = thread.join();
+        for slot in &mut self.clients {
+            if let Some(gone) = slot.take_if(|client| client.thread.is_finished()) {
+                gone.join();
             }
         }
+    }
+
+    /// A place that is free, or that the client gives up who has been silent for longest.
+    fn free_place(&mut self) -> Option<usize> {
+        if let Some(free) = self.clients.iter().position(Option::is_none) {
+            return Some(free);
+        }
+        if self.clients.len() < self.shared.options.max_clients {
+            self.clients.push(None);
+            return Some(self.clients.len() - 1);
+        }
+        let limit = self.shared.options.negotiation_limit;
+        let late = |client: &&mut Option<Client>| {
+            client.as_ref().is_some_and(|client| {
+                client.since.elapsed() > limit && !client.outbox.has_negotiated()
+            })
+        };
+        let since = |client: &&mut Option<Client>| client.as_ref().map(|client| client.since);
+        let silent = self.clients.iter_mut().filter(late).min_by_key(since)?.take()?;
+        silent.outbox.end();
+        // It executes nothing yet: it is gone as soon as it is told.
+        silent.join();
+        self.shared.report("a client was disconnected for another: it did not negotiate");
+        self.clients.iter().position(Option::is_none)
     }
 
     /// True if the kernel would not let us accept.
@@ -279,25 +324,18 @@ impl Acceptor {
 
     fn start(&mut self, stream: Stream) -> io::Result<()> {
         stream.set_nonblocking()?;
-        let number = match self.threads.iter().position(Option::is_none) {
-            Some(free) => free,
-            None if self.threads.len() < self.shared.options.max_clients => {
-                self.threads.push(None);
-                self.threads.len() - 1
-            }
-            None => {
-                self.refuse(&stream);
-                return Ok(());
-            }
+        let Some(number) = self.free_place() else {
+            self.refuse(&stream);
+            return Ok(());
         };
         let outbox = Arc::new(Outbox::new(self.shared.options.max_backlog)?);
         self.shared.clients().push(Arc::clone(&outbox));
-        let entered = connection::Entered::new(Arc::clone(&self.shared), outbox);
+        let entered = connection::Entered::new(Arc::clone(&self.shared), Arc::clone(&outbox));
         let name = format!("qmp/client-{}", number % 1000);
         let thread = thread::Builder::new()
             .name(name)
             .spawn(move || connection::serve(&stream, &entered, number))?;
-        self.threads[number] = Some(thread);
+        self.clients[number] = Some(Client { thread, outbox, since: Instant::now() });
         Ok(())
     }
 

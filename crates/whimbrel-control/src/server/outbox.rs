@@ -1,6 +1,7 @@
 //! What waits to be sent to a client, and what wakes its thread.
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -46,6 +47,7 @@ struct State {
     negotiated: bool,
     too_slow: bool,
     ending: bool,
+    quit: bool,
 }
 
 /// What a client's thread has to know each time it wakes up.
@@ -71,8 +73,8 @@ impl Outbox {
         &self.waker
     }
 
-    /// Adds a reply. Only the client's own thread does, and only while the backlog is low, so
-    /// this needs no bound of its own.
+    /// Adds a reply. That is done while the backlog is low, and for the few commands that had been
+    /// accepted by then, so this needs no bound of its own.
     pub(super) fn push_reply(&self, line: &[u8]) {
         self.state().lines.extend_from_slice(line);
     }
@@ -92,9 +94,24 @@ impl Outbox {
         self.waker.wake();
     }
 
+    /// Whether the client gets events.
+    pub(super) fn has_negotiated(&self) -> bool {
+        self.state().negotiated
+    }
+
     /// From now on the client gets events.
     pub(super) fn negotiated(&self) {
         self.state().negotiated = true;
+    }
+
+    /// Has the client's thread end the VMM, once the reply that says so is out.
+    pub(super) fn quit(&self) {
+        self.state().quit = true;
+    }
+
+    /// Whether [`Outbox::quit`] was called since this was asked last.
+    pub(super) fn take_quit(&self) -> bool {
+        mem::take(&mut self.state().quit)
     }
 
     /// Tells the client's thread to end.

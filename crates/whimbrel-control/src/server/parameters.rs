@@ -5,8 +5,8 @@ use whimbrel::{Parameters, SettingError};
 
 use crate::QmpError;
 
-/// Names that are unset by null, which is the same as an empty one.
-const RESET_BY_NULL: [&str; 3] = ["tls-creds", "tls-hostname", "tls-authz"];
+/// Texts that are unset by null, which is the same as an empty one.
+const RESET_BY_NULL: [&str; 4] = ["tls-creds", "tls-hostname", "tls-authz", "recover-uri"];
 
 /// Puts `changes` over `parameters`. Names, types and ranges are those of [`Parameters`], so
 /// that one added there is known here.
@@ -22,7 +22,7 @@ pub(super) fn merge(
     let mut outcome = parameters.clone();
     for (name, value) in changes {
         let Some(present) = merged.get(name) else { return Err(QmpError::unexpected(name)) };
-        // QEMU's way to unset a name.
+        // QEMU's way to unset a text.
         let unset = Value::String(String::new());
         let value =
             if value.is_null() && RESET_BY_NULL.contains(&&**name) { &unset } else { value };
@@ -73,22 +73,24 @@ fn out_of_range(error: &SettingError) -> QmpError {
                 "multifd-channels" => "a value between 1 and 255",
                 "multifd-zlib-level" => "a value between 0 and 9",
                 "multifd-zstd-level" => "a value between 0 and 20",
+                "silence-limit" => "0, or 100 ms or more",
                 "xbzrle-cache-size" => "a power of two no less than the target page size",
                 _ => return QmpError::generic(error),
             };
             let name = name.replace('-', "_");
             QmpError::generic(format_args!("Parameter '{name}' expects {expected}"))
         }
-        SettingError::Uri(_)
-        | SettingError::Running
+        SettingError::Running
         | SettingError::Needs { .. }
-        | SettingError::Excludes { .. } => QmpError::generic(error),
+        | SettingError::Excludes { .. }
+        | SettingError::Address { .. } => QmpError::generic(error),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use whimbrel::AutoRecover;
 
     use super::*;
 
@@ -110,6 +112,27 @@ mod tests {
         let expected =
             Parameters { max_bandwidth: 7, cpu_throttle_tailslow: true, ..Parameters::default() };
         assert_eq!(changed, Ok(expected));
+    }
+
+    #[test]
+    fn what_a_recovery_does_is_set_like_any_parameter() {
+        let changed = try_merge(json!({
+            "auto-recover": "on", "recover-time-limit": 0, "recover-uri": "tcp:other:7",
+            "silence-limit": 100,
+        }));
+        let expected = Parameters {
+            auto_recover: AutoRecover::On,
+            recover_time_limit: 0,
+            recover_uri: "tcp:other:7".into(),
+            silence_limit: 100,
+            ..Parameters::default()
+        };
+        assert_eq!(changed.as_ref(), Ok(&expected));
+        let mut parameters = expected;
+        let unset = json!({"recover-uri": null, "silence-limit": 0, "auto-recover": "auto"});
+        merge(&mut parameters, unset.as_object().unwrap()).unwrap();
+        let left = Parameters { recover_time_limit: 0, silence_limit: 0, ..Parameters::default() };
+        assert_eq!(parameters, left);
     }
 
     #[test]
@@ -145,6 +168,36 @@ mod tests {
             (
                 json!({"downtime-limit": 100, "cpu-throttle-initial": 0}),
                 "Parameter 'cpu_throttle_initial' expects an integer in the range of 1 to 99",
+            ),
+            (
+                json!({"auto-recover": "yes"}),
+                "Parameter 'auto-recover' does not accept value 'yes'",
+            ),
+            (
+                json!({"auto-recover": true}),
+                "Invalid parameter type for 'auto-recover', expected: string",
+            ),
+            (
+                json!({"auto-recover": null}),
+                "Invalid parameter type for 'auto-recover', expected: string",
+            ),
+            (json!({"recover-time-limit": -1}), "Parameter 'recover-time-limit' expects uint64"),
+            (
+                json!({"silence-limit": 99}),
+                "Parameter 'silence_limit' expects 0, or 100 ms or more",
+            ),
+            (
+                json!({"recover-uri": 4}),
+                "Invalid parameter type for 'recover-uri', expected: string",
+            ),
+            (
+                json!({"recover-uri": "tcp:h"}),
+                "parameter 'recover-uri': 'tcp:h' is no migration address: expected HOST:PORT",
+            ),
+            (
+                json!({"recover-uri": "fd:3"}),
+                "parameter 'recover-uri': 'fd:3' cannot be connected to again and again: \
+                 expected tcp: or unix:",
             ),
         ];
         for (changes, expected) in cases {

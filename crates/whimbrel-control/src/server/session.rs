@@ -7,6 +7,9 @@ use super::command;
 use crate::framing::FrameError;
 use crate::{Backend, ErrorClass, QmpError};
 
+/// The one capability of QMP itself.
+const OUT_OF_BAND: &str = "oob";
+
 /// What to do about a request.
 pub(super) struct Answer {
     /// The reply.
@@ -16,43 +19,104 @@ pub(super) struct Answer {
 }
 
 /// What is remembered of a client between its requests.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Session {
     negotiated: bool,
+    out_of_band: bool,
 }
 
-/// A request whose envelope is right.
-struct Request {
-    command: String,
-    arguments: Arguments,
+/// What a client sent, taken apart.
+#[derive(Debug)]
+pub(super) struct Request {
+    id: Option<Value>,
+    /// The client has negotiated it, and wants this one to overtake others.
+    out_of_band: bool,
+    /// The command and its arguments, or what is wrong with the request.
+    content: Result<(String, Arguments), QmpError>,
+}
+
+impl Request {
+    /// Whether it may overtake those that came before it.
+    pub(super) fn overtakes(&self) -> bool {
+        self.out_of_band
+    }
 }
 
 impl Session {
     pub(super) fn new() -> Session {
-        Session { negotiated: false }
+        Session { negotiated: false, out_of_band: false }
     }
 
     /// The line a client is greeted with.
     pub(super) fn greeting() -> Vec<u8> {
-        line(&json!({ "QMP": { "version": command::version(), "capabilities": [] } }))
+        line(&json!({ "QMP": { "version": command::version(), "capabilities": [OUT_OF_BAND] } }))
     }
 
-    /// Whether the client has been through `qmp_capabilities`.
+    /// Whether the client has been through `qmp_capabilities`. From then on a session stays as it
+    /// is.
     pub(super) fn is_negotiated(&self) -> bool {
         self.negotiated
     }
 
-    /// Answers what the client sent.
-    pub(super) fn answer(
-        &mut self,
-        request: Result<Value, FrameError>,
-        backend: &dyn Backend,
-    ) -> Answer {
-        let mut id = None;
-        let outcome = request
-            .map_err(QmpError::generic)
-            .and_then(|request| read_envelope(request, &mut id))
-            .and_then(|request| self.execute(request, backend));
+    /// Whether the client may have some commands overtake others.
+    pub(super) fn is_out_of_band(&self) -> bool {
+        self.out_of_band
+    }
+
+    /// Takes apart what the client sent. The id is found even if the rest is wrong.
+    pub(super) fn read(&self, message: Result<Value, FrameError>) -> Request {
+        let mut request = Request { id: None, out_of_band: false, content: Err(no_object()) };
+        request.content = match message {
+            Ok(Value::Object(members)) => self.read_envelope(members, &mut request),
+            Ok(_) => Err(no_object()),
+            Err(error) => Err(QmpError::generic(error)),
+        };
+        request
+    }
+
+    fn read_envelope(
+        &self,
+        mut members: Map<String, Value>,
+        request: &mut Request,
+    ) -> Result<(String, Arguments), QmpError> {
+        request.id = members.remove("id");
+        let in_order = take_command(&mut members, "execute")?;
+        // Without the capability it is a member like any other that is unknown.
+        let overtaking = match self.out_of_band {
+            true => take_command(&mut members, "exec-oob")?,
+            false => None,
+        };
+        request.out_of_band = overtaking.is_some();
+        let arguments = match members.remove("arguments") {
+            None => Map::new(),
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => {
+                return Err(QmpError::generic("QMP input member 'arguments' must be an object"));
+            }
+        };
+        if let Some(member) = members.keys().next() {
+            let text = format_args!("QMP input member '{member}' is unexpected");
+            return Err(QmpError::generic(text));
+        }
+        let command = match (in_order, overtaking) {
+            (Some(command), None) | (None, Some(command)) => command,
+            (None, None) => return Err(QmpError::generic("QMP input lacks member 'execute'")),
+            (Some(_), Some(_)) => {
+                let text = "QMP input member 'execute' clashes with 'exec-oob'";
+                return Err(QmpError::generic(text));
+            }
+        };
+        Ok((command, Arguments::new(arguments)))
+    }
+
+    /// Does what the client asks for.
+    pub(super) fn answer(&mut self, request: Request, backend: &dyn Backend) -> Answer {
+        let Request { id, out_of_band, content } = request;
+        let outcome = content.and_then(|(command, arguments)| match out_of_band {
+            true => command::execute_out_of_band(&command, arguments, backend)
+                .map(|value| (value, false)),
+            false => self.execute(&command, arguments, backend),
+        });
         match outcome {
             Ok((value, quit)) => {
                 let mut reply = json!({ "return": value });
@@ -67,13 +131,13 @@ impl Session {
 
     fn execute(
         &mut self,
-        request: Request,
+        command: &str,
+        arguments: Arguments,
         backend: &dyn Backend,
     ) -> Result<(Value, bool), QmpError> {
-        let Request { command, arguments } = request;
-        match (self.negotiated, command.as_str()) {
+        match (self.negotiated, command) {
             (false, "qmp_capabilities") => {
-                negotiate(arguments)?;
+                self.out_of_band = negotiate(arguments)?;
                 self.negotiated = true;
                 Ok((json!({}), false))
             }
@@ -89,7 +153,7 @@ impl Session {
                 arguments.finish()?;
                 Ok((json!({}), true))
             }
-            (true, _) => Ok((command::execute(&command, arguments, backend)?, false)),
+            (true, _) => Ok((command::execute(command, arguments, backend)?, false)),
         }
     }
 }
@@ -109,37 +173,29 @@ fn line(reply: &Value) -> Vec<u8> {
     line
 }
 
-/// Takes a request apart. The id is found even if the rest is wrong.
-fn read_envelope(request: Value, id: &mut Option<Value>) -> Result<Request, QmpError> {
-    let Value::Object(mut members) = request else {
-        return Err(QmpError::generic("QMP input must be a JSON object"));
-    };
-    *id = members.remove("id");
-    let command = match members.remove("execute") {
-        Some(Value::String(command)) => Some(command),
-        Some(_) => return Err(QmpError::generic("QMP input member 'execute' must be a string")),
-        None => None,
-    };
-    let arguments = match members.remove("arguments") {
-        None => Map::new(),
-        Some(Value::Object(arguments)) => arguments,
-        Some(_) => {
-            return Err(QmpError::generic("QMP input member 'arguments' must be an object"));
-        }
-    };
-    if let Some(member) = members.keys().next() {
-        return Err(QmpError::generic(format_args!("QMP input member '{member}' is unexpected")));
-    }
-    let command = command.ok_or_else(|| QmpError::generic("QMP input lacks member 'execute'"))?;
-    Ok(Request { command, arguments: Arguments::new(arguments) })
+fn no_object() -> QmpError {
+    QmpError::generic("QMP input must be a JSON object")
 }
 
-/// `qmp_capabilities`: none is offered, so none can be enabled.
-fn negotiate(mut arguments: Arguments) -> Result<(), QmpError> {
+fn take_command(
+    members: &mut Map<String, Value>,
+    member: &str,
+) -> Result<Option<String>, QmpError> {
+    match members.remove(member) {
+        None => Ok(None),
+        Some(Value::String(command)) => Ok(Some(command)),
+        Some(_) => {
+            Err(QmpError::generic(format_args!("QMP input member '{member}' must be a string")))
+        }
+    }
+}
+
+/// `qmp_capabilities`: whether the client wants commands to overtake others.
+fn negotiate(mut arguments: Arguments) -> Result<bool, QmpError> {
     let enable = arguments.optional_strings("enable")?.unwrap_or_default();
     arguments.finish()?;
-    match enable.first() {
-        None => Ok(()),
+    match enable.iter().find(|name| *name != OUT_OF_BAND) {
+        None => Ok(!enable.is_empty()),
         Some(name) => Err(QmpError::generic(format_args!("QMP capability '{name}' not available"))),
     }
 }

@@ -60,10 +60,14 @@ impl Line {
 
     /// Hears a command, and returns its id.
     fn hear(&mut self, command: &str) -> Value {
+        self.hear_by("execute", command)
+    }
+
+    fn hear_by(&mut self, how: &str, command: &str) -> Value {
         let mut line = String::new();
         self.reader.read_line(&mut line).unwrap();
         let request: Value = serde_json::from_str(&line).unwrap();
-        assert_eq!(request["execute"], command);
+        assert_eq!(request[how], command);
         request["id"].clone()
     }
 
@@ -103,6 +107,41 @@ fn events_between_replies_are_kept_in_order() {
     let error = client.wait_event("C", SHORT).unwrap_err();
     assert!(error.to_string().ends_with("no event C within 100 ms"), "{error}");
     drop(client);
+    peer.end();
+}
+
+/// The peer does not answer a command: those that may overtake it are sent as such, where the peer
+/// has said that they may.
+#[test]
+fn what_may_overtake_is_sent_so_where_the_peer_allows_it() {
+    let peer = Peer::negotiated(|line| {
+        let late = line.hear("query-migrate");
+        for command in ["migrate-pause", "migrate-recover", "yank"] {
+            let id = line.hear_by("exec-oob", command);
+            line.answer(&id, json!({}));
+        }
+        let id = line.hear("migrate");
+        line.answer(&late, json!({"status": "postcopy-paused"}));
+        line.answer(&id, json!({}));
+        line.wait_end();
+    });
+    let mut client = Client::connect(peer.endpoint.clone(), SHORT).unwrap();
+    assert!(matches!(client.query_migrate(), Err(ClientError::TimedOut { .. })));
+    client.migrate_pause().unwrap();
+    client.migrate_recover("tcp:127.0.0.1:0").unwrap();
+    client.yank_migration().unwrap();
+    client.migrate_resume("tcp:127.0.0.1:1").unwrap();
+    drop(client);
+    peer.end();
+
+    let peer = Peer::new(|line| {
+        line.say(&GREETING.replace("\"oob\"", ""));
+        for command in ["qmp_capabilities", "migrate-pause"] {
+            let id = line.hear(command);
+            line.answer(&id, json!({}));
+        }
+    });
+    Client::connect(peer.endpoint.clone(), LONG).unwrap().migrate_pause().unwrap();
     peer.end();
 }
 

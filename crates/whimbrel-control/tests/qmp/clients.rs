@@ -114,6 +114,82 @@ fn queries_are_quick_whatever_the_others_do() {
     assert!(worst < Duration::from_millis(250), "the worst of 100 queries took {worst:?}");
 }
 
+/// A command takes long, others wait for their turn behind it: what may overtake them is answered
+/// at once, and all others in their order.
+#[test]
+fn what_may_overtake_does_and_all_else_keeps_its_order() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(r#"{"execute":"stop","id":1}{"execute":"nope","id":2}nonsense"#);
+    raw.send("\n");
+    raw.send(r#"{"execute":"query-name","id":3}{"exec-oob":"migrate-pause","id":4}"#);
+    raw.send(r#"{"exec-oob":"query-name","id":5}"#);
+    assert_eq!(raw.line(), r#"{"id":4,"return":{}}"#);
+    assert_eq!(raw.value()["id"], 5);
+    assert_eq!(served.fake.calls(), ["migrate-pause"]);
+    drop(held);
+    assert_eq!(raw.value()["event"], "STOP");
+    assert_eq!(raw.line(), r#"{"id":1,"return":{}}"#);
+    assert_eq!(raw.value()["id"], 2);
+    assert_eq!(raw.value()["error"]["class"], "GenericError");
+    assert_eq!(raw.line(), r#"{"id":3,"return":{"name":"fake"}}"#);
+}
+
+/// As many commands wait as may: what comes behind them is read when there is room, and then
+/// overtakes what is left.
+#[test]
+fn who_has_too_many_commands_waiting_is_not_listened_to() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(r#"{"execute":"stop"}"#);
+    raw.send(&r#"{"execute":"query-name"}"#.repeat(7));
+    raw.send(r#"{"exec-oob":"migrate-pause","id":4}"#);
+    raw.stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    let silence = raw.stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(silence.kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(served.fake.calls(), [""; 0]);
+    raw.stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    drop(held);
+    let replies: Vec<_> = (0..10).map(|_| raw.value()).collect();
+    assert_eq!(replies.iter().filter(|reply| reply["return"]["name"] == "fake").count(), 7);
+    assert_eq!(replies.iter().filter(|reply| reply["id"] == 4).count(), 1);
+    assert_eq!(served.fake.calls(), ["migrate-pause"]);
+}
+
+/// With commands that overtake too: whoever closes its side gets what it asked for, and whoever
+/// goes is not missed.
+#[test]
+fn a_client_whose_commands_wait_may_close_its_side_or_go() {
+    let served = Served::new();
+    let held = served.fake.hold_stop();
+    let mut raw = Raw::out_of_band(&served.path());
+    raw.send(
+        r#"{"execute":"stop","id":1}{"execute":"query-name","id":2}{"execute":"quit","id":3}"#,
+    );
+    raw.stream.shutdown(std::net::Shutdown::Write).unwrap();
+    let mut gone = Raw::out_of_band(&served.path());
+    gone.send(r#"{"execute":"stop"}{"execute":"migrate_cancel"}"#);
+    served.fake.wait_stops(2);
+    drop(gone);
+    drop(held);
+    let lines: Vec<_> = std::iter::from_fn(|| {
+        let line = raw.line();
+        (!line.is_empty()).then_some(line)
+    })
+    .filter(|line| line.contains("\"id\""))
+    .collect();
+    let expected = [
+        r#"{"id":1,"return":{}}"#,
+        r#"{"id":2,"return":{"name":"fake"}}"#,
+        r#"{"id":3,"return":{}}"#,
+    ];
+    assert_eq!(lines, expected);
+    assert!(served.fake.quit.load(Ordering::Acquire));
+    eventually("its threads end", || threads("qmp/order-").is_empty());
+}
+
 #[test]
 fn who_does_not_read_events_is_disconnected_and_holds_up_nobody() {
     let served = Served::new();
@@ -176,6 +252,75 @@ fn one_client_too_many_is_told_so() {
     assert!(second.query_status().unwrap().running);
     drop(first);
     eventually("a place is free again", || connect().is_ok());
+}
+
+#[test]
+fn who_does_not_negotiate_makes_room_and_who_does_keeps_its_place() {
+    let options = ServerOptions {
+        max_clients: 2,
+        negotiation_limit: Duration::from_millis(50),
+        ..ServerOptions::default()
+    };
+    let served = Served::with(options);
+    let mut first = Raw::negotiated(&served.path());
+    let mut silent = Raw::connect(&served.path());
+    assert!(silent.line().contains("QMP"));
+    thread::sleep(Duration::from_millis(100));
+    let mut next = Raw::negotiated(&served.path());
+    assert_eq!(silent.line(), "", "it has been disconnected");
+    served.wait_report("it did not negotiate");
+    for client in [&mut first, &mut next] {
+        assert_eq!(client.ask(r#"{"execute":"query-name"}"#), r#"{"return":{"name":"fake"}}"#);
+    }
+    let error = Client::connect(served.endpoint.clone(), Duration::from_secs(5)).unwrap_err();
+    assert!(error.to_string().contains("too many clients"), "{error}");
+}
+
+/// A page that a browser shows can have it send a request here, with a body of its own. None of it is
+/// executed.
+#[test]
+fn who_does_not_begin_with_qmp_is_disconnected() {
+    let served = Served::new();
+    let mut browser = Raw::connect(&served.path());
+    assert!(browser.line().contains("QMP"));
+    browser.send("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n{\"execute\":\"qmp_capabilities\"}");
+    // The answer may be lost with the connection.
+    let _ = browser.stream.write_all(b"{\"execute\":\"stop\"}\n");
+    served.wait_report("it does not speak QMP");
+    let mut rest = Vec::new();
+    let _ = browser.stream.read_to_end(&mut rest);
+    let rest = String::from_utf8_lossy(&rest);
+    assert!(!rest.contains("return"), "{rest}");
+    assert_eq!(
+        Raw::negotiated(&served.path()).ask(r#"{"execute":"query-name"}"#),
+        r#"{"return":{"name":"fake"}}"#
+    );
+    assert!(served.fake.settings.lock().unwrap().run_state == whimbrel::RunState::Running);
+}
+
+#[test]
+fn a_server_that_is_open_to_others_says_so() {
+    let lines = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let options = ServerOptions {
+        report: Arc::new({
+            let lines = lines.clone();
+            move |line: &str| lines.lock().unwrap().push(line.to_owned())
+        }),
+        ..ServerOptions::default()
+    };
+    let bind = |place: &str| {
+        let backend = Arc::new(Fake::default()) as Arc<dyn Backend>;
+        drop(Server::bind_with(place.parse().unwrap(), backend, options.clone()).unwrap());
+    };
+    bind("tcp::0");
+    bind("tcp:127.0.0.1:0");
+    assert_eq!(*lines.lock().unwrap(), [""; 0]);
+    bind("tcp:0.0.0.0:0");
+    let lines = lines.lock().unwrap();
+    assert!(
+        lines.len() == 1 && lines[0].contains("whoever connects controls this VM"),
+        "{lines:?}"
+    );
 }
 
 #[test]

@@ -204,6 +204,10 @@ fn what_the_engine_refuses_is_one_line_of_class_generic_error() {
     assert!(desc.contains("no migration"), "{desc}");
     let desc = refusal(client.migrate_pause());
     assert!(desc.contains("postcopy-active"), "{desc}");
+    let desc = refusal(client.migrate_resume("tcp:127.0.0.1:1"));
+    assert_eq!(desc, "Cannot resume if there is no paused migration");
+    let desc = refusal(client.migrate_recover("tcp:127.0.0.1:0"));
+    assert_eq!(desc, "Migrate recover can only be run when postcopy is paused.");
 
     let there = Machine::new(true);
     let mut waiting = there.client();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
@@ -23,6 +23,30 @@ pub(crate) struct Fake {
     pub(crate) quit: AtomicBool,
     /// How long `stop` takes.
     pub(crate) stop_takes: Mutex<Duration>,
+    gate: Arc<Gate>,
+}
+
+/// What `stop` waits at.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct GateState {
+    closed: bool,
+    waiting: usize,
+}
+
+/// While it is there, `stop` waits.
+pub(crate) struct Held(Arc<Gate>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.state.lock().unwrap().closed = false;
+        self.0.changed.notify_all();
+    }
 }
 
 pub(crate) struct Settings {
@@ -60,8 +84,38 @@ impl Fake {
         self.settings.lock().unwrap().capabilities.set(capability, true);
     }
 
+    /// Has every `stop` wait until what is returned is dropped.
+    pub(crate) fn hold_stop(&self) -> Held {
+        self.gate.state.lock().unwrap().closed = true;
+        Held(Arc::clone(&self.gate))
+    }
+
+    /// Waits until `count` clients wait in `stop`.
+    pub(crate) fn wait_stops(&self, count: usize) {
+        let state = self.gate.state.lock().unwrap();
+        let limit = Duration::from_secs(10);
+        let enough = |state: &mut GateState| state.waiting < count;
+        let (_state, waited) = self.gate.changed.wait_timeout_while(state, limit, enough).unwrap();
+        assert!(!waited.timed_out(), "{count} clients do not wait in 'stop'");
+    }
+
+    fn pass_gate(&self) {
+        let mut state = self.gate.state.lock().unwrap();
+        state.waiting += 1;
+        self.gate.changed.notify_all();
+        let mut state = self.gate.changed.wait_while(state, |state| state.closed).unwrap();
+        state.waiting -= 1;
+    }
+
     pub(crate) fn calls(&self) -> Vec<String> {
         self.settings.lock().unwrap().calls.clone()
+    }
+
+    fn while_paused(&self, refusal: &str) -> Result<(), QmpError> {
+        match self.settings.lock().unwrap().info.status {
+            Some(MigrationStatus::PostcopyPaused) => Ok(()),
+            _ => Err(QmpError::generic(refusal)),
+        }
     }
 
     fn call(&self, call: String) -> Result<(), QmpError> {
@@ -82,6 +136,7 @@ impl Backend for Fake {
     fn stop(&self) -> Result<(), QmpError> {
         let takes = *self.stop_takes.lock().unwrap();
         std::thread::sleep(takes);
+        self.pass_gate();
         self.settings.lock().unwrap().run_state = RunState::Paused;
         self.emit(&Event::Stop);
         Ok(())
@@ -127,6 +182,16 @@ impl Backend for Fake {
             ..MigrationInfo::default()
         };
         self.call(format!("migrate {destination}"))
+    }
+
+    fn migrate_resume(&self, destination: Address) -> Result<(), QmpError> {
+        self.while_paused("Cannot resume if there is no paused migration")?;
+        self.call(format!("migrate {destination} resume"))
+    }
+
+    fn migrate_recover(&self, source: Address) -> Result<(), QmpError> {
+        self.while_paused("Migrate recover can only be run when postcopy is paused.")?;
+        self.call(format!("migrate-recover {source}"))
     }
 
     fn migrate_incoming(&self, source: Address, exit_on_error: bool) -> Result<(), QmpError> {

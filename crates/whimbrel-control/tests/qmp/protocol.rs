@@ -21,7 +21,7 @@ fn the_greeting_has_the_shape_qemus_clients_want() {
         assert!(qmp["version"]["qemu"][part].is_u64(), "{greeting}");
     }
     assert!(qmp["version"]["package"].as_str().unwrap().starts_with("whimbrel "), "{greeting}");
-    assert_eq!(qmp["capabilities"], json!([]));
+    assert_eq!(qmp["capabilities"], json!(["oob"]));
 }
 
 #[test]
@@ -35,7 +35,8 @@ fn nothing_is_executed_before_the_negotiation() {
         assert_eq!((class.as_str(), desc.as_str()), ("CommandNotFound", expected));
     }
     assert!(!served.fake.quit.load(Ordering::Acquire));
-    raw.refused(r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}"#);
+    raw.refused(r#"{"execute":"qmp_capabilities","arguments":{"enable":["oob","bogus"]}}"#);
+    raw.refused(r#"{"exec-oob":"qmp_capabilities"}"#);
     assert_eq!(raw.ask(r#"{"execute":"qmp_capabilities","id":1}"#), r#"{"id":1,"return":{}}"#);
     let (class, desc) = raw.refused(r#"{"execute":"qmp_capabilities"}"#);
     let expected = "Capabilities negotiation is already complete, command ignored";
@@ -118,7 +119,17 @@ fn commands_reach_the_backend_as_they_were_given() {
     let served = Served::new();
     let mut raw = Raw::negotiated(&served.path());
     let channel = |addr: Value| json!([{"channel-type": "main", "addr": addr}]);
+    served.fake.settings.lock().unwrap().info.status = Some(MigrationStatus::PostcopyPaused);
     let requests = [
+        ("migrate", json!({"uri": "tcp:[::1]:5", "resume": true})),
+        ("migrate-recover", json!({"uri": "unix:/run/again"})),
+        (
+            "migrate-recover",
+            json!({"channels": channel(
+                json!({"transport": "socket", "type": "inet", "host": "", "port": "0"})
+            )}),
+        ),
+        ("migrate", json!({"uri": "tcp:h:1", "resume": false})),
         ("migrate", json!({"uri": "tcp:[::1]:4444", "detach": true})),
         ("migrate", json!({"uri": "unix:/run/m", "channels": []})),
         (
@@ -148,6 +159,10 @@ fn commands_reach_the_backend_as_they_were_given() {
         assert_eq!(raw.line(), r#"{"return":{}}"#, "{command} {arguments}");
     }
     let expected = [
+        "migrate tcp:[::1]:5 resume",
+        "migrate-recover unix:/run/again",
+        "migrate-recover tcp::0",
+        "migrate tcp:h:1",
         "migrate tcp:[::1]:4444",
         "migrate unix:/run/m",
         "migrate tcp:[::1]:7",

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub(crate) struct Raw {
     pub(crate) stream: UnixStream,
@@ -22,9 +22,20 @@ impl Raw {
 
     /// Connected, greeted and negotiated.
     pub(crate) fn negotiated(path: &Path) -> Raw {
+        Raw::enabling(path, &[])
+    }
+
+    /// The same, and allowed to have commands overtake others.
+    pub(crate) fn out_of_band(path: &Path) -> Raw {
+        Raw::enabling(path, &["oob"])
+    }
+
+    fn enabling(path: &Path, capabilities: &[&str]) -> Raw {
         let mut raw = Raw::connect(path);
         assert!(raw.line().contains("\"QMP\""));
-        assert_eq!(raw.ask("{\"execute\":\"qmp_capabilities\"}"), "{\"return\":{}}");
+        let enable = json!({ "enable": capabilities });
+        raw.send(&json!({ "execute": "qmp_capabilities", "arguments": enable }).to_string());
+        assert_eq!(raw.value(), json!({ "return": {} }));
         raw
     }
 

@@ -8,7 +8,7 @@ use crate::qemu::Qemu;
 use crate::raw::Raw;
 
 /// Requests after the negotiation, and how QEMU 10.0 refuses them.
-pub(crate) const REFUSALS: [(&str, &str, &str); 58] = [
+pub(crate) const REFUSALS: [(&str, &str, &str); 61] = [
     (r#"{"execute":"nope"}"#, "CommandNotFound", "The command nope has not been found"),
     (
         r#"{"execute":"qmp_capabilities"}"#,
@@ -87,6 +87,21 @@ pub(crate) const REFUSALS: [(&str, &str, &str); 58] = [
         r#"{"execute":"migrate","arguments":{"uri":"tcp:127.0.0.1:4","resume":true}}"#,
         "GenericError",
         "Cannot resume if there is no paused migration",
+    ),
+    (
+        r#"{"execute":"migrate-recover","arguments":{"uri":"tcp:127.0.0.1:0"}}"#,
+        "GenericError",
+        "Migrate recover can only be run when postcopy is paused.",
+    ),
+    (
+        r#"{"execute":"migrate-recover","arguments":{"uri":3}}"#,
+        "GenericError",
+        "Invalid parameter type for 'uri', expected: string",
+    ),
+    (
+        r#"{"execute":"migrate-recover","arguments":{"uri":"tcp:127.0.0.1:0","bad":1}}"#,
+        "GenericError",
+        "Parameter 'bad' is unexpected",
     ),
     (
         r#"{"execute":"migrate","arguments":{"uri":"tcp:127.0.0.1:4","detach":1}}"#,
@@ -261,8 +276,48 @@ pub(crate) const REFUSALS: [(&str, &str, &str); 58] = [
     ),
 ];
 
-fn check(raw: &mut Raw, whose: &str) {
-    for (request, class, desc) in REFUSALS {
+/// The same of a client that has negotiated `oob`.
+const REFUSALS_OUT_OF_BAND: [(&str, &str, &str); 12] = [
+    (
+        r#"{"exec-oob":"query-status","id":2}"#,
+        "GenericError",
+        "The command query-status does not support OOB",
+    ),
+    (
+        r#"{"exec-oob":"qmp_capabilities","id":2}"#,
+        "GenericError",
+        "The command qmp_capabilities does not support OOB",
+    ),
+    (r#"{"exec-oob":"nope"}"#, "CommandNotFound", "The command nope has not been found"),
+    (r#"{"exec-oob":3}"#, "GenericError", "QMP input member 'exec-oob' must be a string"),
+    (
+        r#"{"exec-oob":"yank","execute":"yank"}"#,
+        "GenericError",
+        "QMP input member 'execute' clashes with 'exec-oob'",
+    ),
+    (
+        r#"{"exec-oob":"yank","arguments":3}"#,
+        "GenericError",
+        "QMP input member 'arguments' must be an object",
+    ),
+    (r#"{"exec-oob":"yank","foo":3}"#, "GenericError", "QMP input member 'foo' is unexpected"),
+    (r#"{"exec-oob":"yank"}"#, "GenericError", "Parameter 'instances' is missing"),
+    (
+        r#"{"exec-oob":"migrate-recover","arguments":{"uri":"tcp:127.0.0.1:0"}}"#,
+        "GenericError",
+        "Migrate recover can only be run when postcopy is paused.",
+    ),
+    (
+        r#"{"exec-oob":"migrate-pause","arguments":{"x":1}}"#,
+        "GenericError",
+        "Parameter 'x' is unexpected",
+    ),
+    (r#"{"foo":1}"#, "GenericError", "QMP input member 'foo' is unexpected"),
+    (r#"{"id":1}"#, "GenericError", "QMP input lacks member 'execute'"),
+];
+
+fn check(raw: &mut Raw, refusals: &[(&str, &str, &str)], whose: &str) {
+    for &(request, class, desc) in refusals {
         assert_eq!(raw.refused(request), (class.into(), desc.into()), "{whose}: {request}");
     }
 }
@@ -270,7 +325,8 @@ fn check(raw: &mut Raw, whose: &str) {
 #[test]
 fn refusals_have_qemus_classes_and_words() {
     let served = Served::new();
-    check(&mut Raw::negotiated(&served.path()), "whimbrel");
+    check(&mut Raw::negotiated(&served.path()), &REFUSALS, "whimbrel");
+    check(&mut Raw::out_of_band(&served.path()), &REFUSALS_OUT_OF_BAND, "whimbrel");
     assert_eq!(served.fake.calls(), Vec::<String>::new());
 }
 
@@ -284,8 +340,6 @@ fn refusals_of_the_qemu_at_hand_are_the_same() {
         eprintln!("skipped: QEMU {version} words its refusals in another way");
         return;
     }
-    let mut raw = Raw::connect(qemu.socket());
-    raw.line();
-    raw.ask(r#"{"execute":"qmp_capabilities"}"#);
-    check(&mut raw, "QEMU");
+    check(&mut Raw::negotiated(qemu.socket()), &REFUSALS, "QEMU");
+    check(&mut Raw::out_of_band(qemu.socket()), &REFUSALS_OUT_OF_BAND, "QEMU");
 }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use whimbrel_wire::ChannelKind;
 use whimbrel_wire::multifd::{MultifdDecoded, MultifdDecoder, MultifdInit};
 
+use super::listen::not_expected;
 use super::waiting::Waiting;
 use super::{Channel, Listener, name, tls};
 use crate::error::Error;
@@ -56,7 +57,10 @@ impl Arrivals {
     ) -> Result<Arrivals, Error> {
         let stop = cancel.part().map_err(Error::system("making an eventfd"))?;
         if multifd == 0 {
-            let main = listener.accept("main", &stop)?;
+            let main = match listener.as_fd() {
+                Some(_) => first_to_speak(listener, &stop)?,
+                None => listener.accept("main", &stop)?,
+            };
             return Ok(Arrivals { main, multifd: Vec::new(), uuid: [0; 16], stop });
         }
         if listener.as_fd().is_none() {
@@ -216,6 +220,42 @@ impl Gathering {
             NEXT.as_secs(),
             listener.last_refusal()
         ))
+    }
+}
+
+/// A source connects for its main channel first, and speaks at once. So whoever has connected before
+/// it and says nothing is not of it, and keeps it out of nothing.
+fn first_to_speak(listener: &Listener, stop: &Cancel) -> Result<Channel, Error> {
+    let mut waiting = listener.take_waiting();
+    loop {
+        waiting.admit(listener, "main", stop)?;
+        let (mut main, mut silent) = (None, Vec::new());
+        for (mut channel, since) in waiting.take_all() {
+            if main.is_some() {
+                // It may be the urgent channel, which need not say anything.
+                waiting.keep(channel, since);
+                continue;
+            }
+            let mut first = [0; ChannelKind::BYTES];
+            match channel.handshake().and_then(|_| channel.peek(&mut first)) {
+                Ok(None) => silent.push((channel, since)),
+                Ok(Some(ChannelKind::BYTES))
+                    if ChannelKind::of(first) == Some(ChannelKind::Multifd) =>
+                {
+                    return Err(not_expected());
+                }
+                Err(reason @ Error::Tls { .. }) => listener.refuse(&reason),
+                // Whatever it says, be it that this is the end, is for who reads it to judge.
+                Ok(Some(_)) | Err(_) => main = Some(channel),
+            }
+        }
+        if let Some(mut main) = main {
+            listener.leave_waiting(waiting);
+            main.rename("main");
+            return Ok(main);
+        }
+        silent.into_iter().for_each(|(channel, since)| waiting.keep(channel, since));
+        waiting.wait(listener, &[], None, stop)?;
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// A file being written. Dropped before [`keep`](Target::keep), what was written is undone.
@@ -34,7 +35,7 @@ impl Target {
             let (partial, file) = create_partial(path)?;
             return Ok((file.into(), Target { undo: Undo::Rename { partial, path: path.into() } }));
         }
-        let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+        let mut file = private().create(true).truncate(false).open(path)?;
         file.set_len(offset)?;
         file.seek(SeekFrom::Start(offset))?;
         Ok((file.into(), Target { undo: Undo::Truncate { path: path.into(), len: offset } }))
@@ -73,6 +74,13 @@ impl Drop for Target {
 /// How many names are tried: each that is taken was left behind by a process that was killed.
 const NAMES_MAX: u32 = 1000;
 
+/// For writing a guest's memory: a file that this makes is its owner's alone.
+fn private() -> OpenOptions {
+    let mut options = OpenOptions::new();
+    options.write(true).mode(0o600);
+    options
+}
+
 /// Creates a file beside `path`, under a name that says whose half-written work it is.
 pub(crate) fn create_partial(path: &Path) -> io::Result<(PathBuf, File)> {
     let mut number = 0;
@@ -80,7 +88,7 @@ pub(crate) fn create_partial(path: &Path) -> io::Result<(PathBuf, File)> {
         let mut name = path.file_name().unwrap_or_default().to_os_string();
         name.push(format!(".partial-{}-{number}", std::process::id()));
         let partial = path.with_file_name(name);
-        match OpenOptions::new().write(true).create_new(true).open(&partial) {
+        match private().create_new(true).open(&partial) {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && number < NAMES_MAX => {
                 number += 1;
             }
@@ -97,4 +105,33 @@ pub(super) fn open(path: &Path, offset: u64) -> io::Result<OwnedFd> {
     }
     let fd = file.as_fd().try_clone_to_owned()?;
     Ok(fd)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn what_holds_a_guests_memory_is_its_owners_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        let path = folder.path().join("whole");
+        let (fd, target) = Target::create(&path, 0).unwrap();
+        target.keep(&fd).unwrap();
+        assert_eq!(mode(&path), 0o600);
+        let path = folder.path().join("behind");
+        let (fd, target) = Target::create(&path, 4096).unwrap();
+        target.keep(&fd).unwrap();
+        assert_eq!(mode(&path), 0o600);
+
+        // One that somebody has made for it stays as it was made.
+        let path = folder.path().join("shared");
+        fs::write(&path, "before").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let (fd, target) = Target::create(&path, 4).unwrap();
+        target.keep(&fd).unwrap();
+        assert_eq!((mode(&path), fs::read(&path).unwrap()), (0o640, b"befo".to_vec()));
+    }
 }

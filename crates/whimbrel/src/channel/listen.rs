@@ -354,7 +354,7 @@ fn first_of(channel: &mut Channel) -> Option<ChannelKind> {
     }
 }
 
-fn not_expected() -> Error {
+pub(super) fn not_expected() -> Error {
     Error::Refused(
         "multifd channel: the source has capability multifd on and this side has not: set the \
          same on both sides, and the same multifd-channels"

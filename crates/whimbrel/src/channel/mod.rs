@@ -30,7 +30,7 @@ use rustix::net::RecvFlags;
 use whimbrel_ram::kernel_copy::{Gather, Scatter};
 
 use crate::error::Error;
-use crate::worker::{Cancel, Links, Woken};
+use crate::worker::{Cancel, Links, Shut, Woken};
 
 use end::End;
 
@@ -484,6 +484,11 @@ impl Channel {
 
     fn tls_error(&self, reason: String) -> Error {
         Error::Tls { channel: self.name, reason }
+    }
+
+    /// Ends the connection, in both directions, for whoever is at its other end to know.
+    pub(crate) fn hang_up(&self) {
+        self.end.shut_down();
     }
 
     /// Sleeps, unless cancelled, or the connection is gone altogether.

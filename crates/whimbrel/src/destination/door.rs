@@ -124,19 +124,24 @@ impl<'a> Door<'a> {
         self.change(|state| state.open = true);
     }
 
-    /// The link is broken.
+    /// The link is broken. Whoever is not to come back without somebody saying so finds nobody.
     pub(super) fn is_paused(&self) {
-        let mut old = Vec::new();
+        let automatic = self.is_automatic();
+        let (mut beside, mut listener) = (Vec::new(), None);
         self.change(|state| {
-            (state.open, state.paused) = (true, true);
+            (state.open, state.paused, state.told) = (true, true, false);
             (state.ticket, state.expects_urgent) = (None, false);
-            old = std::mem::take(&mut state.beside);
+            beside = std::mem::take(&mut state.beside);
+            if !automatic {
+                listener = state.listener.take();
+            }
         });
+        drop((beside, listener)); // Closed without the lock.
     }
 
     /// Pages move again.
     pub(super) fn is_active(&self) {
-        self.change(|state| (state.paused, state.told) = (false, false));
+        self.change(|state| state.paused = false);
     }
 
     /// Channels with this ticket are let in.

@@ -17,7 +17,7 @@ use super::input::Input;
 use super::multifd::{PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
-use crate::channel::{Arrivals, Channel};
+use crate::channel::{Arrivals, Channel, Listener};
 use crate::error::Error;
 use crate::hello::{Features, PING_PARKED};
 use crate::kept::Changes;
@@ -197,7 +197,7 @@ impl Incoming {
         &mut self,
         package: u32,
         host: &mut dyn Host,
-        terms: &Terms<'_>,
+        (listener, terms): (Arc<Listener>, &Terms<'_>),
     ) -> Result<(), Failed> {
         let refused = |text: &str| Failed::Before(Error::Refused(format!("main channel: {text}")));
         if !host.takes_postcopy() {
@@ -233,6 +233,7 @@ impl Incoming {
             len: package,
             channels,
             identity: self.identity,
+            listener,
         };
         postcopy::run(begun, host, terms)
     }

@@ -36,7 +36,7 @@ impl Input {
         self.decoder = decoder
             .map_err(|kind| Error::Refused(format!("main channel, in a recovery: {kind}")))?;
         self.channel = channel;
-        (self.start, self.end) = (0, 0);
+        self.buffer.set(&[]);
         Ok(())
     }
 

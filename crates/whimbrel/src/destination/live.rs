@@ -124,7 +124,6 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
             let terms = Terms {
                 report: &job.report,
                 links: &job.links,
-                listener: listener.clone(),
                 preempt,
                 blocktime: job.capabilities.has(Capability::PostcopyBlocktime),
                 parameters: &|| job.router.parameters(),
@@ -132,14 +131,14 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
                 stands: &|status, reason| job.stands(status, reason),
             };
             job.set_status(MigrationStatus::PostcopyDevice);
-            match incoming.receive_rest(package, &mut waiting, &terms) {
+            match incoming.receive_rest(package, &mut waiting, (listener, &terms)) {
                 Ok(()) => job.set_status(MigrationStatus::Completed),
                 Err(Failed::Before(error)) => {
                     incoming.fail();
                     return Err(error);
                 }
                 Err(Failed::After(error, absent)) => {
-                    drop((incoming, listener));
+                    drop(incoming);
                     pause(job, &error, *absent);
                     return Ok(());
                 }

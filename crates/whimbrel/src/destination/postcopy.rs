@@ -32,7 +32,7 @@ use super::restore;
 use super::session::{Beside, Ends, Session};
 use crate::channel::Listener;
 use crate::error::Error;
-use crate::hello::Features;
+use crate::hello::{Features, PONG_PACKAGE};
 use crate::recovery::exchange::Say;
 use crate::recovery::proofs::Proofs;
 use crate::recovery::{self, WayOn};
@@ -54,9 +54,7 @@ const GIVEN_UP: u8 = 2;
 pub(crate) struct Terms<'a> {
     pub(crate) report: &'a Report,
     pub(crate) links: &'a Links,
-    /// Where the source connects to.
-    pub(crate) listener: Arc<Listener>,
-    /// Capability `postcopy-preempt`: the urgent channel comes there, too.
+    /// Capability `postcopy-preempt`: the urgent channel comes to where the main one came.
     pub(crate) preempt: bool,
     /// Capability `postcopy-blocktime`.
     pub(crate) blocktime: bool,
@@ -86,6 +84,8 @@ pub(super) struct Begun<'i> {
     pub(super) channels: Vec<PacketInput>,
     /// What a source has to know that comes back, where it is a whimbrel.
     pub(super) identity: Option<Identity>,
+    /// Where it connects to.
+    pub(super) listener: Arc<Listener>,
 }
 
 /// How it failed.
@@ -259,8 +259,8 @@ fn receive(
 ) -> Result<(), Error> {
     let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
     let spawning = || Error::system("starting a thread");
-    let Begun { input, announced, blocks, early, own_machine, agreed, channels, identity, .. } =
-        begun;
+    let Begun { input, announced, blocks, early, own_machine, agreed, channels, .. } = begun;
+    let (identity, listener) = (begun.identity, begun.listener);
     let links = terms.links.current();
     let arriving = Arriving::new(absent, asked, blocks, new_cancel()?, channels.len());
     let goes_on = agreed.has(Features::MULTIFD_GOES_ON);
@@ -274,11 +274,13 @@ fn receive(
     // waiting for a source that reads no answer.
     line.heed(links.clone());
     shared.outbox.connect(line, vec![Say::Requests]);
+    if agreed.has(Features::RECOVERS) {
+        shared.outbox.push(&ReturnMessage::Pong(PONG_PACKAGE))?;
+    }
     let quiet = quiet(identity.as_ref(), &(terms.parameters)());
     let proofs = identity.map(Proofs::of);
-    let listener = terms.listener.clone();
     let door = Door::new(
-        listener,
+        listener.clone(),
         terms.recover,
         proofs.clone(),
         terms.preempt,
@@ -299,8 +301,9 @@ fn receive(
             scoped(scope, Role::DestinationDoor, || door.run(&shared.end)).map_err(spawning())?;
             let session =
                 Session::new(shared, &arriving, announced.clone(), &door, (links, quiet))?;
-            let urgent = terms.preempt.then_some(&*terms.listener);
+            let urgent = terms.preempt.then_some(&*listener);
             let mut outcome = session.run(input, Beside::First { urgent, multifd: taken });
+            drop(listener); // The door has it, and closes it when nobody may come back.
             let mut coming_back = ComingBack {
                 shared,
                 arriving: &arriving,
@@ -311,13 +314,14 @@ fn receive(
                 multifd,
                 quiet,
             };
+            // What was said last before the source may give the guest away.
             let run_apart = agreed.has(Features::RUN_APART) && terms.preempt;
             while let Err(error) = outcome {
                 if arriving.is_complete() && shared.run.is_set() {
                     break;
                 }
-                let gone = shared.run.is_set() || !run_apart || shared.loaded.is_set();
-                if shared.is_fatal() || !gone {
+                let may_be_ours = identity.is_some() && (!run_apart || shared.loaded.is_set());
+                if shared.is_fatal() || !(shared.run.is_set() || may_be_ours) {
                     return Err(error);
                 }
                 outcome = coming_back.run(input, error)?;

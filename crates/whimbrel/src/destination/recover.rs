@@ -48,10 +48,13 @@ impl ComingBack<'_> {
         input: &mut Input,
         error: Error,
     ) -> Result<Result<(), Error>, Error> {
+        // The source may not have noticed.
+        input.channel().hang_up();
         self.shared.outbox.disconnect();
         self.arriving.forget_begun();
-        (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
+        // First: as soon as it is told that it is paused, it may be told where to wait.
         self.door.is_paused();
+        (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
         let Some((channel, visitor)) = self.wait() else { return Err(error) };
         let links = self.terms.links.renew().map_err(Error::system("making an eventfd"))?;
         Ok(self.go_on(input, channel, visitor, &links))

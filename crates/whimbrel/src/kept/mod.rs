@@ -225,14 +225,13 @@ impl Receiver {
                     let terms = Terms {
                         report: &report,
                         links: &links,
-                        listener: listener.clone(),
                         preempt,
                         blocktime: false,
                         parameters: &|| parameters.clone(),
                         recover: None,
                         stands: &|status, reason| stands(&report, status, reason),
                     };
-                    take_rest(&mut incoming, &mut keeper, package, &terms)
+                    take_rest(&mut incoming, &mut keeper, package, (listener, &terms))
                 }
             })
             .and_then(|()| keeper.keep());
@@ -258,7 +257,7 @@ fn take_rest(
     incoming: &mut Incoming,
     keeper: &mut keeper::Keeper,
     package: u32,
-    terms: &Terms<'_>,
+    terms: (Arc<Listener>, &Terms<'_>),
 ) -> Result<(), Error> {
     keeper.pause()?;
     match incoming.receive_rest(package, keeper, terms) {

@@ -72,6 +72,7 @@ impl SourceExchange {
         let attempt = proofs.welcomed(*number, *nonce, welcome)?;
         let mut words = Vec::new();
         proofs.proof(&attempt).encode(&mut words);
+        Command::PostcopyResume.encode(&mut words);
         self.step = SourceStep::Bitmaps { is_qemu: false };
         Some((attempt, words))
     }

@@ -36,7 +36,7 @@ use super::wanted::Wanted;
 use crate::address::Address;
 use crate::channel::{Channel, Route, link};
 use crate::error::Error;
-use crate::hello::Features;
+use crate::hello::{Features, PONG_PACKAGE};
 use crate::plan::Rate;
 use crate::recovery::exchange::SourceExchange;
 use crate::recovery::proofs::{self, Proofs, Ticket};
@@ -238,7 +238,11 @@ impl<'a> Postcopy<'a> {
             .urgent_thread(map, &mut stream, urgent, (answers, exchange), (&said, &wanted))
             .map_err(failed)?;
         let preempt = thread.out.is_some();
-        let run_apart = agreed.has(Features::RUN_APART) && preempt;
+        let before_run = match () {
+            () if agreed.has(Features::RUN_APART) && preempt => Some(PACKAGE_LOADED_PING),
+            () if agreed.has(Features::RECOVERS) => Some(PONG_PACKAGE),
+            () => None,
+        };
         let result = thread::scope(|scope| {
             let (said, all_sent, links) = (&said, &all_sent, self.links);
             let body = move || {
@@ -251,7 +255,7 @@ impl<'a> Postcopy<'a> {
             spawned.map_err(Error::system("starting a thread")).map_err(failed)?;
             let channels = match part {
                 Part::Whole { sections, channels } => self
-                    .give_away(map, &mut stream, sections, (said, run_apart), hand_over)
+                    .give_away(map, &mut stream, sections, (said, before_run), hand_over)
                     .map(|()| channels),
                 Part::Rest { again, route } => self
                     .go_on(&mut stream, waits_for_bitmaps.then_some(said), again, &route)
@@ -350,15 +354,16 @@ impl<'a> Postcopy<'a> {
         map: &PageMap,
         stream: &mut Stream,
         sections: Vec<DeviceSection>,
-        (said, run_apart): (&Said, bool),
+        (said, before_run): (&Said, Option<u32>),
         hand_over: &mut dyn HandOver,
     ) -> Result<(), Failed> {
         let before = stream.out.bytes();
         self.send_package(map, stream, sections).map_err(Failed::Before)?;
-        if run_apart {
-            // Up to here a destination that cannot load the devices leaves the guest here.
+        if let Some(pong) = before_run {
+            // Up to here a destination that does not get the devices, or that cannot load them while
+            // requests are answered, leaves the guest here.
             let limit = recovery::silence(&(self.parameters)()).map(|limit| limit.max(LOADING));
-            said.wait_for_pong(PACKAGE_LOADED_PING, limit, self.cancel).map_err(Failed::Before)?;
+            said.wait_for_pong(pong, limit, self.cancel).map_err(Failed::Before)?;
         }
         if self.cancel.is_set() {
             return Err(Failed::Before(Error::Cancelled));

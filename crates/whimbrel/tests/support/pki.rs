@@ -7,6 +7,7 @@
 )]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use rcgen::{
@@ -128,6 +129,8 @@ impl Folder {
 
     pub(crate) fn write(&self, name: &str, content: &str) {
         fs::write(self.file(name), content).expect("a file");
+        let mode = if name.contains("-key") { 0o600 } else { 0o644 };
+        fs::set_permissions(self.file(name), fs::Permissions::from_mode(mode)).expect("ours");
     }
 
     pub(crate) fn copy(&self, from: &str, to: &str) {

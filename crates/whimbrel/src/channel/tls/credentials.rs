@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -62,7 +63,8 @@ pub struct TlsOptions {
     /// A server wants a certificate of the client, a client checks that of the server. Switched
     /// off, a client talks to anybody, and so to whoever sits between.
     pub verify_peer: bool,
-    /// Our own certificate has to be of the CA, in time, and for this endpoint, or loading fails.
+    /// Our own certificate has to be of the CA, in time, and for this endpoint, and its key not open
+    /// to every user of the host, or loading fails.
     pub sanity_check: bool,
 }
 
@@ -321,6 +323,7 @@ impl Files<'_> {
             .load_private_key(private)
             .map_err(|_| self.error(key, "a private key of a kind that is not known here"))?;
         if options.sanity_check {
+            self.check_secrecy(key)?;
             self.check(&chain, roots).map_err(|error| self.error(cert, &words::of_own(&error)))?;
         }
         let identity = CertifiedKey::new(chain, private);
@@ -330,6 +333,19 @@ impl Files<'_> {
                 Err(self.error(key, &format!("not the private key of {cert}")))
             }
             Err(error) => Err(self.error(cert, &words::of_own(&error))),
+        }
+    }
+
+    /// A key that everybody on this host can read proves nothing.
+    fn check_secrecy(&self, key: &str) -> Result<(), Error> {
+        const BY_EVERYBODY: u32 = 0o006;
+        let mode = fs::metadata(self.folder.join(key)).map(|found| found.permissions().mode());
+        match mode.map_err(|error| self.error(key, &error.to_string()))? & BY_EVERYBODY {
+            0 => Ok(()),
+            _ => Err(self.error(
+                key,
+                "every user of this host can read or change it: take that from them (chmod o=)",
+            )),
         }
     }
 

@@ -1,8 +1,10 @@
 //! Two ends of a connection in one process.
 
+use std::fs::Permissions;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -597,6 +599,16 @@ fn what_is_wrong_with_a_directory_is_said() {
         change(&folder);
         let error = load(&folder, endpoint).unwrap_err();
         assert!(error.contains(expected), "{error}");
+    }
+    for mode in [0o604, 0o602, 0o666] {
+        let folder = ca.folder(&Who::localhost());
+        let permissions = Permissions::from_mode(mode);
+        std::fs::set_permissions(folder.file("server-key.pem"), permissions).unwrap();
+        assert_eq!(load(&folder, client), Ok(()), "it reads its own key alone");
+        let error = load(&folder, server).unwrap_err();
+        assert!(error.contains("server-key.pem: every user of this host can"), "{error}");
+        let trusting = TlsOptions { sanity_check: false, ..TlsOptions::default() };
+        assert!(TlsCredentials::load_with(folder.path(), server, trusting).is_ok());
     }
     let expired = ca.folder(&Who { until: 2023, ..Who::localhost() });
     for endpoint in [server, client] {
