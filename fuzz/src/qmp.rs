@@ -121,6 +121,14 @@ impl Backend for Told {
         Ok(())
     }
 
+    fn migrate_resume(&self, destination: Address) -> Result<(), QmpError> {
+        self.migrate(destination)
+    }
+
+    fn migrate_recover(&self, source: Address) -> Result<(), QmpError> {
+        self.migrate_incoming(source, false)
+    }
+
     fn migrate_incoming(&self, source: Address, _: bool) -> Result<(), QmpError> {
         let _ = source.to_string();
         self.change(|inner| inner.status = Some(MigrationStatus::Setup));
