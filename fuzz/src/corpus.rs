@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 /// Most bytes of a target's file, and so of the repository.
 const FILE_MAX: usize = 100 << 10;
 
+/// Most inputs of a target: all of them are replayed by every test run.
+const INPUTS_MAX: usize = 600;
+
 /// Most bytes of an input: a longer one seldom says more.
 const INPUT_MAX: usize = 64 << 10;
 
@@ -58,8 +61,18 @@ fn pack(inputs: &[Vec<u8>]) -> io::Result<Vec<u8>> {
     zstd::encode_all(bytes.as_slice(), 19)
 }
 
-/// Keeps the inputs in `folder`, which were minimised before: as many of them, the shortest first,
-/// as there is room for. Gives how many, and the bytes of their file.
+/// Leaves at most so many, of all lengths.
+fn thin(inputs: &mut Vec<Vec<u8>>, most: usize) {
+    let len = inputs.len();
+    let mut at = 0;
+    inputs.retain(|_| {
+        at += 1;
+        len <= most || at * most / len > (at - 1) * most / len
+    });
+}
+
+/// Keeps the inputs in `folder`, which were minimised before: as many of them, short and long, as
+/// there is room for. Gives how many, and the bytes of their file.
 ///
 /// # Errors
 /// When they cannot be read, or their file not written.
@@ -72,9 +85,11 @@ pub fn keep(target: &str, folder: &Path) -> io::Result<(usize, usize)> {
         }
     }
     inputs.sort_by(|one, other| (one.len(), one).cmp(&(other.len(), other)));
+    thin(&mut inputs, INPUTS_MAX);
     let mut packed = pack(&inputs)?;
     while packed.len() > FILE_MAX {
-        inputs.truncate(inputs.len() * 15 / 16);
+        let fewer = inputs.len() * 15 / 16;
+        thin(&mut inputs, fewer);
         packed = pack(&inputs)?;
     }
     fs::create_dir_all(directory())?;
@@ -85,6 +100,17 @@ pub fn keep(target: &str, folder: &Path) -> io::Result<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fewer_inputs_are_short_and_long_ones() {
+        let all: Vec<Vec<u8>> = (0..100).map(|len| vec![0; len]).collect();
+        for most in [0, 1, 7, 99, 100, 200] {
+            let mut some = all.clone();
+            thin(&mut some, most);
+            assert_eq!(some.len(), most.min(100));
+            assert_eq!(some.last().map(Vec::len), (most > 0).then_some(99));
+        }
+    }
 
     #[test]
     fn what_is_packed_is_unpacked() {

@@ -22,7 +22,7 @@ use whimbrel_control::{
 use crate::asking::text;
 use crate::choices::Choices;
 use crate::ends::End;
-use crate::guest::{expect_one_line, scratch};
+use crate::guest::{Alone, expect_one_line, scratch};
 
 /// How long a session may take that is not to end by itself: longer than any does.
 const LIMIT: Duration = Duration::from_secs(20);
@@ -170,8 +170,7 @@ impl Backend for Told {
 /// The target of the server: every line that comes back is a message of QMP's.
 pub fn qmp_server(data: &[u8]) {
     static SERVER: OnceLock<(Arc<Told>, Server, std::path::PathBuf)> = OnceLock::new();
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let _alone = Alone::begin();
     let (told, _, path) = SERVER.get_or_init(|| {
         let (told, path) = (Arc::new(Told::default()), scratch("qmp"));
         let options = ServerOptions { report: Arc::new(|_| ()), ..ServerOptions::default() };
@@ -241,6 +240,7 @@ impl FarServer {
 /// The target of the client: an answer is understood, or is an error of one line.
 pub fn qmp_client(data: &[u8]) {
     static SERVER: OnceLock<FarServer> = OnceLock::new();
+    let _alone = Alone::begin();
     let server = SERVER.get_or_init(FarServer::start);
     let turn = server.say.lock().unwrap_or_else(PoisonError::into_inner);
     let (choice, said) = data.split_first().unwrap_or((&0, &[]));
