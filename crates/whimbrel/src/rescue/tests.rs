@@ -396,7 +396,7 @@ fn no_damage_does_any_harm() {
 #[test]
 fn orders_are_for_who_attends() {
     let Some((_vm, absent)) = destination(Kind::Private) else { return };
-    let orders = Arc::new(Orders::new().unwrap());
+    let orders = Orders::new().unwrap();
     let missing = absent.received().missing();
     let count = |absent: &AbsentRam| Ok(absent.received().missing());
     let refused = |result: Result<u64, Error>| {
@@ -406,20 +406,22 @@ fn orders_are_for_who_attends() {
     refused(orders.give(count));
     let ended = Cancel::new().unwrap();
     let attending = orders.attend();
-    let (giver, over) = (orders.clone(), ended.clone());
-    let gives = thread::spawn(move || {
-        let found = giver.give(count).unwrap();
-        over.set();
-        found
+    thread::scope(|scope| {
+        let gives = scope.spawn(|| {
+            let found = orders.give(count);
+            ended.set();
+            found
+        });
+        assert!(!attending.until_whole(&ended, &absent), "pages are missing");
+        assert_eq!(gives.join().unwrap().unwrap(), missing);
     });
-    assert!(!attending.until_whole(&ended, &absent), "pages are missing");
-    assert_eq!(gives.join().unwrap(), missing);
     // An order that nobody comes to any more is told so.
-    let giver = orders.clone();
-    let gives = thread::spawn(move || giver.give(count));
-    while orders.waiting() == 0 {
-        thread::yield_now();
-    }
-    drop(attending);
-    refused(gives.join().unwrap());
+    thread::scope(|scope| {
+        let gives = scope.spawn(|| orders.give(count));
+        while orders.waiting() == 0 {
+            thread::yield_now();
+        }
+        drop(attending);
+        refused(gives.join().unwrap());
+    });
 }
