@@ -226,6 +226,8 @@ impl<'r> Run<'r> {
         if self.abilities.recovers && self.vms.iter().all(|vm| !vm.is_gone() && has_lost(vm)) {
             self.recover_by_hand()?;
         }
+        // The sides were looked at one after the other.
+        self.look()?;
         judge::judge(self)
     }
 
@@ -405,7 +407,8 @@ impl<'r> Run<'r> {
             return true;
         }
         // What recovers is not at rest while the other side is there and may yet come.
-        let stays = !self.abilities.recovers || over(source) || destination.is_gone();
+        let alone = destination.is_gone() || (over(source) && source.seen.status != "completed");
+        let stays = !self.abilities.recovers || alone;
         let rests = |vm: &Vm| over(vm) || is_paused(vm);
         stays && rests(source) && rests(destination) && !self.proxy.is_busy()
     }
