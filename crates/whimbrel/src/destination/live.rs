@@ -161,6 +161,9 @@ fn pause(job: &Job, error: &Error, absent: AbsentRam) {
     job.links.wait_for_end();
     // Pages that never came must not be taken for zeros: whoever touches them waits until the
     // process ends.
+    #[cfg(feature = "fuzzing")]
+    crate::fuzzing::keep(absent);
+    #[cfg(not(feature = "fuzzing"))]
     std::mem::forget(absent);
 }
 

@@ -214,6 +214,7 @@ impl<'a> Postcopy<'a> {
             preempt: urgent.is_some(),
             urgent_first: self.urgent_ends_with_mark,
             attempts: 0,
+            last: None,
         })
     }
 
