@@ -42,8 +42,11 @@ const HUGE_PAGES: u64 = 16;
 #[command(name = "whimbrel-faults", max_term_width = 100)]
 struct Arguments {
     /// The command under test
-    #[arg(long, value_name = "PATH")]
-    whimbrel: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "count")]
+    whimbrel: Option<PathBuf>,
+    /// Only count again what came of earlier runs: their results.jsonl, which is told while they go on
+    #[arg(long, value_name = "FILE")]
+    count: Vec<PathBuf>,
     /// How many runs
     #[arg(long, default_value_t = 200)]
     runs: u64,
@@ -64,7 +67,7 @@ struct Arguments {
     #[arg(long, default_value_t = 2)]
     jobs: u64,
     /// Where the logs of failed runs, the results and the summary go
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", default_value = "faults")]
     folder: PathBuf,
 }
 
@@ -81,6 +84,7 @@ fn main() -> ExitCode {
 
 impl Arguments {
     fn run(&self) -> Result<bool> {
+        let Some(whimbrel) = &self.whimbrel else { return count(&self.count) };
         let only: Only = match &self.mode {
             None => Only::default(),
             Some(words) => words.parse().map_err(anyhow::Error::msg)?,
@@ -93,8 +97,8 @@ impl Arguments {
             println!("no huge pages ({free} are free): guests that should lie in them do not");
         }
         let setting = Setting {
-            binary: self.whimbrel.canonicalize().context("--whimbrel")?,
-            credentials: credentials(&self.whimbrel, keys.path())?,
+            binary: whimbrel.canonicalize().context("--whimbrel")?,
+            credentials: credentials(whimbrel, keys.path())?,
             kept: self.folder.join("failed"),
             huge,
         };
@@ -165,6 +169,19 @@ impl Arguments {
             println!("run {} is over", plan.index + 1);
         }
     }
+}
+
+/// Counts what came of earlier runs.
+fn count(files: &[PathBuf]) -> Result<bool> {
+    let mut summary = Summary::default();
+    for file in files {
+        let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        for line in text.lines() {
+            summary.add(serde_json::from_str(line).with_context(|| line.to_owned())?);
+        }
+    }
+    print!("{}", summary.text());
+    Ok(summary.failures().next().is_none())
 }
 
 /// A CA and credentials for this machine, made by the command itself.

@@ -155,6 +155,8 @@ struct Run<'r> {
     healed: bool,
     /// The guest was told to go first.
     sent_first: bool,
+    /// It may stand still for longer than was asked for at first.
+    eased: bool,
     by_hand: bool,
     story: String,
 }
@@ -190,6 +192,7 @@ impl<'r> Run<'r> {
             moved: 0,
             healed: false,
             sent_first: false,
+            eased: false,
             by_hand: false,
             story: String::new(),
         })
@@ -223,6 +226,8 @@ impl<'r> Run<'r> {
         if self.abilities.recovers && self.vms.iter().all(|vm| !vm.is_gone() && has_lost(vm)) {
             self.recover_by_hand()?;
         }
+        // The sides were looked at one after the other.
+        self.look()?;
         judge::judge(self)
     }
 
@@ -278,7 +283,8 @@ impl<'r> Run<'r> {
         }
         self.look_at_link();
         self.fire_late();
-        self.send_first()
+        self.send_first()?;
+        self.let_it_converge()
     }
 
     /// A state that may have been over before anybody could ask for it.
@@ -356,6 +362,22 @@ impl<'r> Run<'r> {
         Ok(())
     }
 
+    /// A guest in huge pages may dirty them faster than they go: then it may stand still for longer.
+    fn let_it_converge(&mut self) -> Result<()> {
+        const LONG: Duration = Duration::from_secs(2);
+        let active = self.vms[0].seen.status == "active" && !self.source().is_gone();
+        if self.eased || !active || self.start.elapsed() < LONG {
+            return Ok(());
+        }
+        if !self.proxy.has_stopped(Side::Source) {
+            self.eased = true;
+            let ease = json!({ "downtime-limit": 2000, "max-bandwidth": 0 });
+            let answer = self.source().execute("migrate-set-parameters", ease);
+            self.note(&format!("it may take longer: {answer:?}"));
+        }
+        Ok(())
+    }
+
     /// Waits until nothing moves any more; says whether both sides have come to rest.
     fn settle(&mut self) -> Result<bool> {
         let until = Instant::now() + HANGS;
@@ -385,7 +407,8 @@ impl<'r> Run<'r> {
             return true;
         }
         // What recovers is not at rest while the other side is there and may yet come.
-        let stays = !self.abilities.recovers || over(source) || destination.is_gone();
+        let alone = destination.is_gone() || (over(source) && source.seen.status != "completed");
+        let stays = !self.abilities.recovers || alone;
         let rests = |vm: &Vm| over(vm) || is_paused(vm);
         stays && rests(source) && rests(destination) && !self.proxy.is_busy()
     }
