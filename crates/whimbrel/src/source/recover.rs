@@ -80,7 +80,6 @@ impl Recover<'_> {
         let mut outage = again.map_or_else(|| Outage::begin(self.limit()), |(outage, _)| outage);
         loop {
             let Some((channel, route)) = self.find(&mut outage, stands)? else { return Ok(None) };
-            stands.stands(MigrationStatus::PostcopyRecoverSetup);
             match self.meet(channel, route, map, stands) {
                 Ok(recovered) => {
                     self.last = Some((outage, Instant::now()));
@@ -216,6 +215,9 @@ impl Recover<'_> {
             )));
         };
         channel.send_bytes(&words)?;
+        // Not before it is known that somebody is there: what answers and breaks again and again is
+        // nothing to tell of.
+        stands.stands(MigrationStatus::PostcopyRecoverSetup);
         stands.stands(MigrationStatus::PostcopyRecover);
         let ticket = Ticket::new(proofs, attempt);
         let urgent = urgent
@@ -232,6 +234,7 @@ impl Recover<'_> {
         map: &PageMap,
         stands: &mut dyn HandOver,
     ) -> Result<Recovered, Error> {
+        stands.stands(MigrationStatus::PostcopyRecoverSetup);
         let mut stream = self.stream(channel);
         let early = if self.urgent_first { self.urgent(&route)? } else { None };
         let (mut exchange, words) = SourceExchange::with_qemu(self.ram)?;
