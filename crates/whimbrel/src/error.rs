@@ -207,6 +207,19 @@ impl Error {
         move |source| Error::System { doing, source }
     }
 
+    /// Whether it may be nobody's doing but the link's.
+    pub(crate) fn is_of_the_link(&self) -> bool {
+        matches!(
+            self,
+            Error::Channel { .. }
+                | Error::Ended { .. }
+                | Error::Truncated { .. }
+                | Error::Tls { .. }
+                | Error::Silent { .. }
+                | Error::Cancelled
+        )
+    }
+
     /// Why a postcopy has paused.
     pub(crate) fn text_of_pause(&self) -> String {
         match self {

@@ -119,8 +119,14 @@ fn a_cut_at_any_byte_leaves_one_guest_and_no_thread() {
     );
 }
 
-fn is_over(side: &Side) -> bool {
+fn is_over(side: &Side, source: &Side) -> bool {
     let status = side.status();
+    if status == Some(MigrationStatus::Setup)
+        && matches!(source.status(), Some(MigrationStatus::Failed | MigrationStatus::Cancelled))
+    {
+        // A source that has gone without a word was anybody: the destination waits on.
+        side.migrator.cancel().expect("it has not begun");
+    }
     status == Some(MigrationStatus::PostcopyPaused)
         || !status.is_some_and(MigrationStatus::is_running)
 }
@@ -159,7 +165,7 @@ fn cut_once(draw: &Draw, what: &str) -> Fate {
                     end_by_hand(side);
                 }
             }
-            is_over(side)
+            is_over(side, &source)
         });
     }
     let seen = ways.seen();
@@ -276,7 +282,7 @@ fn cancelled_at_any_moment_it_is_cancelled_or_too_late() {
             for side in [&source, &destination] {
                 until(&what, || {
                     never_two(&source, &destination, &what);
-                    is_over(side)
+                    is_over(side, &source)
                 });
             }
             let (from, to) = (source.migrator.info(), destination.migrator.info());
@@ -296,6 +302,13 @@ fn cancelled_at_any_moment_it_is_cancelled_or_too_late() {
                 ) => {
                     assert!(answer.is_ok(), "{what}: it was refused");
                     assert!(!destination.runs(), "{what}");
+                    source.expect_healthy(&what);
+                    stayed += 1;
+                }
+                // The connection was gone before the source could say that it keeps its guest: for all
+                // the destination knows RUN may have been lost.
+                (Some(MigrationStatus::Cancelled), Some(MigrationStatus::PostcopyPaused)) => {
+                    assert!(answer.is_ok() && !destination.runs(), "{what}");
                     source.expect_healthy(&what);
                     stayed += 1;
                 }

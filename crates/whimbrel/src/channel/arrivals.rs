@@ -139,6 +139,10 @@ impl Gathering {
                     self.silent.keep(channel, since);
                     continue;
                 }
+                // The rest of what it was to say is lost with it.
+                Said::Part if self.last.is_some() && channel.is_closed_by_peer() => {
+                    self.closed.get_or_insert(("multifd", Instant::now()));
+                }
                 Said::Part => {
                     partly = true;
                     self.silent.keep(channel, since);

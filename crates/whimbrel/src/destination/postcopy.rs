@@ -335,7 +335,9 @@ fn receive(
                 if arriving.is_complete() && shared.run.is_set() {
                     break;
                 }
-                let may_be_ours = identity.is_some() && (!run_apart || shared.loaded.is_set());
+                let may_be_ours = identity.is_some()
+                    && (!run_apart || shared.loaded.is_set())
+                    && error.is_of_the_link();
                 if shared.is_fatal() || !(shared.run.is_set() || may_be_ours) {
                     return Err(error);
                 }

@@ -240,10 +240,20 @@ fn take_run(input: &mut Input, ends: &Ends, quiet: Option<Duration>) -> Result<(
     Command::PostcopyRun.encode(&mut run);
     match input.take_many(RUN, "RUN, the end of the package")? {
         found if found == run => Ok(()),
+        found if found == withdrawn() => Err(Error::Refused(
+            "main channel: the source has kept its guest: see what it says".into(),
+        )),
         _ => Err(Error::Refused(format!(
             "main channel, byte {at}: the package ends in something else than POSTCOPY_RUN"
         ))),
     }
+}
+
+/// What comes in RUN's place when a whimbrel keeps its guest.
+fn withdrawn() -> Vec<u8> {
+    let mut words = Vec::new();
+    Command::PostcopyResume.encode(&mut words);
+    words
 }
 
 /// The rest of the main channel.

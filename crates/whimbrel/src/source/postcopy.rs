@@ -44,7 +44,7 @@ use crate::recovery::{self, Beat, PING_BEAT};
 use crate::report::{Report, add, set};
 use crate::settings::Parameters;
 use crate::status::MigrationStatus;
-use crate::worker::{Cancel, Links, Role, scoped};
+use crate::worker::{Cancel, Links, Role, Woken, scoped};
 
 /// The PING before the package.
 const PING_BEFORE: u32 = 2;
@@ -361,17 +361,9 @@ impl<'a> Postcopy<'a> {
     ) -> Result<(), Failed> {
         let before = stream.out.bytes();
         self.send_package(map, stream, sections).map_err(Failed::Before)?;
-        if let Some(pong) = before_run {
-            // Up to here a destination that does not get the devices, or that cannot load them while
-            // requests are answered, leaves the guest here.
-            let limit = recovery::silence(&(self.parameters)()).map(|limit| limit.max(LOADING));
-            said.wait_for_pong(pong, limit, self.cancel).map_err(Failed::Before)?;
-        }
-        if self.cancel.is_set() {
-            return Err(Failed::Before(Error::Cancelled));
-        }
-        if said.is_over() {
-            return Err(Failed::Before(Error::PeerGone)); // It says why.
+        if let Err(error) = self.wait_until_it_may_go(said, before_run) {
+            withdraw(stream);
+            return Err(Failed::Before(error));
         }
         hand_over.give_up();
         let sent_before = stream.out.channel().bytes_out();
@@ -389,6 +381,22 @@ impl<'a> Postcopy<'a> {
         add(&self.report.counters.downtime_bytes, stream.out.bytes() - before);
         self.report.guest_has_gone();
         Ok(())
+    }
+
+    /// Up to here a destination that does not get the devices, or that cannot load them while requests
+    /// are answered, leaves the guest here.
+    fn wait_until_it_may_go(&self, said: &Said, before_run: Option<u32>) -> Result<(), Error> {
+        if let Some(pong) = before_run {
+            let limit = recovery::silence(&(self.parameters)()).map(|limit| limit.max(LOADING));
+            said.wait_for_pong(pong, limit, self.cancel)?;
+        }
+        if self.cancel.is_set() {
+            return Err(Error::Cancelled);
+        }
+        match said.is_over() {
+            true => Err(Error::PeerGone), // It says why.
+            false => Ok(()),
+        }
     }
 
     /// The package, and what comes before it, without its last command.
@@ -502,6 +510,18 @@ impl<'a> Postcopy<'a> {
             Ok(())
         })?;
         Ok(channels)
+    }
+}
+
+/// The guest stays here: says so, by something else in RUN's place, if that goes out at once. A
+/// destination that does not hear it takes RUN for lost, and waits.
+fn withdraw(stream: &mut Stream) {
+    let channel = stream.out.channel();
+    let (Ok(now), mut words) = (Cancel::new(), Vec::new()) else { return };
+    Command::PostcopyResume.encode(&mut words);
+    channel.heed(now);
+    if matches!(channel.ready_to_send(Some(Duration::ZERO)), Ok(Woken::Ready)) {
+        let _ = channel.send_bytes(&words);
     }
 }
 
