@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|data: &[u8]| whimbrel_fuzz::main_stream(data));
+libfuzzer_sys::fuzz_target!(|data: &[u8]| whimbrel_fuzz::limited(whimbrel_fuzz::main_stream, data));

@@ -11,6 +11,10 @@ use whimbrel_wire::{
     encode_vm_description, vmdesc,
 };
 
+use crate::choices::Op;
+use crate::telling::Said;
+use crate::{answering, asking, destination, keeping, qmp, telling};
+
 /// Longest seed in bytes.
 const SEED_MAX: usize = (64 << 10) - 1;
 
@@ -49,10 +53,49 @@ pub fn all() -> io::Result<Vec<(&'static str, String, Vec<u8>)>> {
             Some(_) | None => add("return_path", head(&stream).to_vec()),
         }
     }
+    seed_operations(&mut |target, name, bytes| seeds.push((target, name, bytes)));
     seeds.push(("main_stream", "whimbrel".to_owned(), own_stream()));
     seeds.push(("xbzrle", "two-runs".to_owned(), vec![3, 1, 7, 0x81, 1, 2, 8, 9]));
     seeds.push(("xbzrle", "first-byte".to_owned(), vec![0, 1, 7]));
     Ok(seeds)
+}
+
+fn written<O: Op>(settings: &[u8], ops: &[O]) -> Vec<u8> {
+    let mut bytes = settings.to_vec();
+    ops.iter().for_each(|op| op.write(&mut bytes));
+    bytes
+}
+
+/// Seeds of targets whose inputs are operations.
+fn seed_operations(add: &mut dyn FnMut(&'static str, String, Vec<u8>)) {
+    for (name, ops) in telling::migrations() {
+        add("channels", name.into(), written(&[], &ops));
+        add("destination", name.into(), written(&[destination::settings_for(name)], &ops));
+        add("receive", name.into(), written(&[keeping::settings_for(name)], &ops));
+        if name.starts_with("file") {
+            add("kept_file", name.into(), written(&[0], &ops));
+        }
+    }
+    for (name, settings, ops) in answering::conversations() {
+        add("answers", name.into(), written(&[], &ops));
+        add("source", name.into(), written(&[settings], &ops));
+    }
+    for (name, ops) in asking::sessions() {
+        add("qmp_server", name, written(&[0], &ops));
+    }
+    add("qmp_server", "no-json".into(), b"\x01{\"execute\": \"qmp_capabilities\"}\n[1, {".to_vec());
+    for (name, bytes) in qmp::answers() {
+        add("qmp_client", name.into(), bytes);
+    }
+}
+
+/// The seeds of one target: names and bytes.
+///
+/// # Errors
+/// When a golden stream cannot be read.
+pub fn of(target: &str) -> io::Result<Vec<(String, Vec<u8>)>> {
+    let of_it = all()?.into_iter().filter(|(of, _, _)| *of == target);
+    Ok(of_it.map(|(_, name, bytes)| (name, bytes)).collect())
 }
 
 /// A stream of whimbrel's own kind of machine, without RAM.
@@ -82,6 +125,11 @@ fn own_stream() -> Vec<u8> {
     encode_eof(&mut out);
     encode_vm_description(&vmdesc::describe(4096, &sections), &mut out);
     out
+}
+
+/// Bytes as operations that say just them.
+fn raw(bytes: &[u8]) -> impl Iterator<Item = Said> {
+    bytes.chunks(1 << 15).map(|piece| Said::Raw { bytes: piece.to_vec() })
 }
 
 fn head(stream: &[u8]) -> &[u8] {
@@ -118,6 +166,8 @@ fn small_tail(state: &DeviceState) -> Vec<u8> {
 fn seed_main(stream: &[u8], add: &mut dyn FnMut(&'static str, Vec<u8>)) {
     let mut decoder = MainDecoder::new(MainOptions { colo: true, ..MainOptions::default() });
     let (mut at, mut short, mut records, mut pages) = (0, Vec::new(), 0, 0);
+    // The same in the pieces that it is made of.
+    let mut pieces: Vec<Said> = Vec::new();
     let mapped = loop {
         let Ok((taken, decoded)) = decoder.decode(&stream[at..]) else { return };
         let before = at;
@@ -150,6 +200,7 @@ fn seed_main(stream: &[u8], add: &mut dyn FnMut(&'static str, Vec<u8>)) {
                 let tail = small_tail(state);
                 add("device_tail", tail.clone());
                 short.extend_from_slice(&tail);
+                pieces.extend(raw(&tail));
                 if let Some(json) = &state.vmdesc {
                     add("vmdesc", head(json).to_vec());
                 }
@@ -159,12 +210,24 @@ fn seed_main(stream: &[u8], add: &mut dyn FnMut(&'static str, Vec<u8>)) {
         };
         if keep {
             short.extend_from_slice(&stream[before..at]);
+            pieces.extend(raw(&stream[before..at]));
         }
         if short.len() > 2 * SEED_MAX {
             break false;
         }
     };
+    let mut operations = vec![0];
+    pieces
+        .iter()
+        .take_while(|piece| {
+            piece.write(&mut operations);
+            operations.len() < SEED_MAX
+        })
+        .for_each(drop);
+    add("receive", operations.clone());
+    add("channels", operations.split_off(1));
     if mapped {
+        add("kept_file", written(&[0], &raw(head(stream)).collect::<Vec<_>>()));
         add("mapped_ram", head(stream)[..1024].to_vec());
     }
     add("main_stream", head(&short).to_vec());

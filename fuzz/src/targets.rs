@@ -11,7 +11,10 @@ use whimbrel_wire::{
     mapped_ram, page_bitmap,
 };
 
+use crate::answering::{self, Answered};
+use crate::choices::{Choices, read_all};
 use crate::drive::{Decode, Step, drive_twice};
+use crate::telling::{self, CHANNELS, URGENT};
 
 const PAGE: TargetPage = TargetPage::FOUR_KIB;
 
@@ -306,4 +309,47 @@ pub fn vmdesc(data: &[u8]) {
     if let Ok(description) = VmDescription::parse(data) {
         let _ = description.len();
     }
+}
+
+/// What a source says on all of its channels, as operations: each channel for itself.
+pub fn channels(data: &[u8]) {
+    // Each is decoded several times, in small pieces.
+    const LEN_MAX: usize = 256 << 10;
+    let mut said: [Vec<u8>; CHANNELS] = Default::default();
+    // The first byte of bare records chooses their format.
+    said[URGENT].push(1);
+    for step in telling::steps(&mut Choices::new(data)) {
+        if let telling::Step::Send(channel, bytes) = step {
+            let room = LEN_MAX.saturating_sub(said[channel].len());
+            said[channel].extend(bytes.iter().take(room));
+        }
+    }
+    let [main, first, second, urgent] = said;
+    main_stream(&main);
+    multifd(&first);
+    multifd(&second);
+    ram_records(&urgent);
+}
+
+/// What a destination answers, as operations.
+pub fn answers(data: &[u8]) {
+    let (mut said, mut damage, mut cut) = (Vec::new(), None, 0);
+    for op in read_all(&mut Choices::new(data)) {
+        match op {
+            Answered::Damage { at, value } => damage = Some((usize::from(at), value)),
+            Answered::Cut { count } => cut = usize::from(count),
+            message => {
+                let mut bytes = Vec::new();
+                answering::encode(&message, &mut bytes);
+                if let Some((at, value)) = damage.take()
+                    && let Some(byte) = bytes.get_mut(at)
+                {
+                    *byte = value;
+                }
+                bytes.truncate(bytes.len().saturating_sub(std::mem::take(&mut cut)));
+                said.extend(bytes);
+            }
+        }
+    }
+    return_path(&said);
 }

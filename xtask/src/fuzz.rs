@@ -1,15 +1,18 @@
-//! `cargo xtask fuzz`: every target for a while, from the golden seeds and from what earlier runs
-//! found.
+//! `cargo xtask fuzz`: every target for a while, from the golden seeds, the corpus that is kept, and
+//! what earlier runs found.
+
+mod progress;
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
+use self::progress::{Progress, Row, table};
 use crate::step::Log;
 use crate::tools::cargo_tool;
 use crate::workspace::Workspace;
@@ -29,7 +32,19 @@ pub(crate) struct Args {
     /// How many targets at a time
     #[arg(long, value_name = "N", default_value_t = 2)]
     jobs: usize,
+    /// When all have run, keep in the repository the inputs that reach all that any has reached
+    #[arg(long)]
+    minimise: bool,
 }
+
+/// Most mebibytes that one allocation may have, in any code that runs.
+const ALLOCATION_MAX: u32 = 64;
+
+/// Most mebibytes that a target may have in memory, the sanitizer's own included.
+const RSS_MAX: u32 = 2048;
+
+/// Seconds after which an input is a finding: it takes milliseconds, or waits for ever.
+const INPUT_SECONDS_MAX: u32 = 60;
 
 /// Runs the targets and says for each how far it came. Says whether nothing was found.
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
@@ -59,25 +74,50 @@ pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
         .iter()
         .filter(|name| args.target.is_empty() || args.target.iter().any(|target| target == **name));
     let mut waiting: VecDeque<&str> = wanted.copied().collect();
+    let chosen: Vec<&str> = waiting.iter().copied().collect();
     let mut running: Vec<Target> = Vec::new();
-    let mut clean = true;
+    let mut rows = Vec::new();
     loop {
         while running.len() < args.jobs.max(1) {
             let Some(name) = waiting.pop_front() else { break };
             running.push(fuzzer.start(workspace, name, args.seconds)?);
         }
         if running.is_empty() {
-            return Ok(clean);
+            break;
         }
         std::thread::sleep(POLL);
         let mut at = 0;
         while let Some(target) = running.get_mut(at) {
             match target.child.try_wait()? {
-                Some(status) => clean &= running.swap_remove(at).report(status.success()),
+                Some(status) => rows.push(running.swap_remove(at).report(status.success())),
                 None => at += 1,
             }
         }
     }
+    rows.sort_by_key(|row| chosen.iter().position(|name| *name == row.target));
+    println!("\n{}", table(&rows));
+    let clean = rows.iter().all(Row::is_clean);
+    if args.minimise && clean {
+        minimise(workspace, &fuzzer, &chosen, &mut log)?;
+    }
+    Ok(clean)
+}
+
+/// Leaves of each target's corpus only what adds to the coverage, and keeps that.
+fn minimise(workspace: &Workspace, fuzzer: &Fuzzer, targets: &[&str], log: &mut Log) -> Result<()> {
+    for target in targets {
+        let mut command = fuzzer.command();
+        command.arg("cmin").args(fuzzer.build_options()).arg(target);
+        let (done, said) = log.capture(&mut command)?;
+        ensure!(done, "cargo fuzz cmin {target}: {}", said.lines().last().unwrap_or_default());
+    }
+    let mut keep = workspace.cargo();
+    keep.args(["run", "--manifest-path"]).arg(workspace.path("fuzz/Cargo.toml"));
+    keep.args(["--bin", "keep", "--"]).args(targets);
+    let (kept, said) = log.capture(keep.env("CARGO_TARGET_DIR", workspace.target("fuzz")))?;
+    ensure!(kept, "the corpus cannot be kept: {}", said.lines().last().unwrap_or_default());
+    said.lines().filter(|line| line.contains(" inputs in ")).for_each(|line| println!("{line}"));
+    Ok(())
 }
 
 /// How `cargo fuzz` is called here.
@@ -144,6 +184,9 @@ impl Fuzzer {
             .arg(name)
             .arg("--")
             .arg(format!("-max_total_time={seconds}"))
+            .arg(format!("-malloc_limit_mb={ALLOCATION_MAX}"))
+            .arg(format!("-rss_limit_mb={RSS_MAX}"))
+            .arg(format!("-timeout={INPUT_SECONDS_MAX}"))
             .arg("-print_final_stats=1")
             .stdout(file.try_clone()?)
             .stderr(file)
@@ -160,71 +203,20 @@ struct Target {
 }
 
 impl Target {
-    /// One line. Says whether nothing was found.
-    fn report(&self, success: bool) -> bool {
+    /// One line, and where something was found, what.
+    fn report(&self, success: bool) -> Row {
         let Self { name, log, .. } = self;
-        let Progress { executions, coverage, corpus } = Progress::read(log);
-        // A target that executed nothing has not been fuzzed, whatever it exits with.
-        let clean = success && executions > 0;
-        let verdict = if clean { "nothing found" } else { "FAILED" };
-        println!(
-            "{name}: {executions} executions, coverage {coverage}, corpus {corpus}: {verdict}"
-        );
-        if !clean {
-            let text = fs::read(log).unwrap_or_default();
-            let text = String::from_utf8_lossy(&text);
+        let text = fs::read(log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let row = Row { target: name.clone(), success, progress: Progress::parse(&text) };
+        println!("{row}");
+        if !row.is_clean() {
             let telling = ["ERROR", "panicked", "Test unit written", "error:", "Failing input"];
             for line in text.lines().filter(|line| telling.iter().any(|word| line.contains(word))) {
                 println!("    {line}");
             }
             println!("    all of it: {}", log.display());
         }
-        clean
-    }
-}
-
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Progress {
-    executions: u64,
-    coverage: u64,
-    corpus: u64,
-}
-
-impl Progress {
-    fn read(log: &Path) -> Self {
-        let text = fs::read(log).unwrap_or_default();
-        Self::parse(&String::from_utf8_lossy(&text))
-    }
-
-    /// From libFuzzer's lines `#2048 pulse cov: 12 ft: 34 corp: 5/67b ..` and its final counts.
-    fn parse(text: &str) -> Self {
-        let mut progress = Self::default();
-        for line in text.lines() {
-            let mut words = line.split_whitespace();
-            while let Some(word) = words.next() {
-                let value = match word {
-                    "cov:" => &mut progress.coverage,
-                    "corp:" => &mut progress.corpus,
-                    "stat::number_of_executed_units:" => &mut progress.executions,
-                    _ => continue,
-                };
-                let number = words.next().and_then(|word| word.split('/').next()?.parse().ok());
-                *value = number.unwrap_or(*value);
-            }
-        }
-        progress
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn libfuzzers_last_word_counts() {
-        let text = "#2\tINITED cov: 10 ft: 11 corp: 1/1b exec/s: 0 rss: 40Mb\n\
-            #4096\tpulse  cov: 120 ft: 340 corp: 25/670b lim: 4096\n\
-            stat::number_of_executed_units: 5000\n";
-        assert_eq!(Progress::parse(text), Progress { executions: 5000, coverage: 120, corpus: 25 });
+        row
     }
 }

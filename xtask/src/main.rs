@@ -12,6 +12,7 @@ use clap::{Parser, Subcommand};
 use crate::workspace::Workspace;
 
 mod bench;
+mod faults;
 mod fuzz;
 mod peers;
 mod soak;
@@ -40,6 +41,8 @@ enum Habit {
     Fuzz(fuzz::Args),
     /// A guest that checks itself, moved back and forth hundreds of times by roads drawn from a seed
     Soak(soak::Args),
+    /// Migrations whose link and processes fail on purpose, drawn from a seed
+    Faults(faults::Args),
     /// Measurements, ours and the peer's interleaved
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Habit::Peers(args) => peers::run(&workspace, &args),
         Habit::Fuzz(args) => fuzz::run(&workspace, &args),
         Habit::Soak(args) => soak::run(&workspace, &args),
+        Habit::Faults(args) => faults::run(&workspace, &args),
         Habit::Bench(which) => bench::run(&workspace, &which),
     });
     match done {

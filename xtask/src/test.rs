@@ -4,6 +4,7 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
+use crate::faults;
 use crate::peers;
 use crate::step::{Log, Outcome, Step, Tally};
 use crate::tools::cargo_tool;
@@ -36,6 +37,7 @@ const STEPS: &[Step] = &[
     },
     Step { name: "loom", about: "the page map's atomics under every interleaving", run: loom },
     Step { name: "corpus", about: "every fuzz target over its corpus", run: corpus },
+    Step { name: "faults", about: "200 migrations that fail on purpose", run: faults::step },
     Step { name: "peers", about: "against stock QEMUs", run: peers::step },
 ];
 

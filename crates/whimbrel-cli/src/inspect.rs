@@ -11,6 +11,7 @@ mod kept_block;
 mod main_channel;
 mod multifd;
 mod pages;
+mod part;
 mod records;
 mod report;
 mod return_path;
@@ -21,6 +22,7 @@ use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use whimbrel::rescue::Part;
 use whimbrel_wire::{ChannelKind, TargetPage};
 
 use crate::failure::Failure;
@@ -30,7 +32,7 @@ use pages::{Format, PageList};
 use report::Report;
 use source::Source;
 
-/// Show what a recorded stream or a kept VM holds, and what is wrong with it.
+/// Show what a recorded stream, a kept VM or a part of one holds, and what is wrong with it.
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
     /// A recorded stream or a kept VM, also compressed with zstd; '-' is the standard input
@@ -92,6 +94,9 @@ impl Kind {
 
 impl Inspect {
     pub(crate) fn run(self) -> Result<(), Failure> {
+        if self.kind == Kind::Auto && Part::is_one(&self.file) {
+            return self.show_part(&Part::open(&self.file)?);
+        }
         let mut source = Source::open(&self.file)?;
         let kind = match self.kind {
             Kind::Auto => self.detect(&mut source)?,
@@ -104,6 +109,20 @@ impl Inspect {
             // Whoever read the output has seen enough.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
             Err(error) => Err(Failure::new(format!("the output cannot be written: {error}"))),
+        }
+    }
+
+    fn show_part(&self, opened: &Part) -> Result<(), Failure> {
+        let mut out = BufWriter::new(io::stdout().lock());
+        let shown = match self.json {
+            true => writeln!(out, "{}", part::json(opened, self.pages)),
+            false => part::write(opened, self.pages, &mut out),
+        };
+        match shown.and_then(|()| out.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Failure::new(format!("the output cannot be written: {error}")))
+            }
+            _ => Ok(()),
         }
     }
 

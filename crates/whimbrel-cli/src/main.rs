@@ -16,6 +16,7 @@ mod progress;
 mod receive;
 mod recover_options;
 mod recovery;
+mod rescue;
 mod restore;
 mod signals;
 mod tls;
@@ -47,6 +48,8 @@ enum Command {
     Receive(receive::Receive),
     /// Send a kept VM to a QEMU or whimbrel that waits for it.
     Restore(restore::Restore),
+    /// Bring back a guest of which one side of a postcopy is gone for good.
+    Rescue(rescue::Rescue),
     /// Make a CA and certificates, for migration over TLS.
     Tls(tls::Tls),
     /// Show what a recorded stream or a kept VM holds, and what is wrong with it.
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Migrate(migrate) => migrate.run(),
         Command::Receive(receive) => receive.run(),
         Command::Restore(restore) => restore.run(),
+        Command::Rescue(rescue) => rescue.run(),
         Command::Tls(tls) => tls.run(),
         Command::Inspect(inspect) => inspect.run(),
     };

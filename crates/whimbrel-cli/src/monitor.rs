@@ -2,17 +2,19 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
+use whimbrel::rescue::{Lost, Part};
 use whimbrel::{Migrator, RunState};
 use whimbrel_control::{MigratorBackend, QmpError};
 use whimbrel_ram::{BlockDigest, GuestRam, RamBlock};
 use whimbrel_vm::{ReferenceVm, WritablePages};
 
-use crate::vm::End;
+use crate::vm::News;
 
 /// A digest of each block of RAM, while the guest stands still. With `file` one of each page, into a
 /// file of that name, block after block: 8 bytes each, the lowest first.
@@ -24,17 +26,23 @@ pub(crate) const GUEST_PROGRESS: &str = "x-guest-progress";
 /// What VM this is.
 pub(crate) const VM_INFO: &str = "x-vm-info";
 
+/// Keeps what is here of a guest whose other side is gone for good, in `file`.
+pub(crate) const RESCUE: &str = "x-rescue";
+/// Brings what is missing here from the part in `file`; `lost` says what becomes of the rest.
+pub(crate) const FILL: &str = "x-rescue-fill";
+
 /// What the QMP server acts on; `end` is told of `quit`.
 pub(crate) fn backend(
     migrator: &Arc<Migrator>,
     vm: &Arc<ReferenceVm>,
-    end: Sender<End>,
+    end: Sender<News>,
 ) -> MigratorBackend {
     let (for_digest, for_check, for_info) = (migrator.clone(), migrator.clone(), migrator.clone());
     let (checked, watched, described) = (vm.clone(), vm.clone(), vm.clone());
+    let (for_rescue, for_fill) = (migrator.clone(), migrator.clone());
     MigratorBackend::new(migrator.clone())
         // A receiver that is gone means that the end has begun.
-        .on_quit(move || drop(end.send(End::Quit)))
+        .on_quit(move || drop(end.send(News::Quit)))
         .with_command(RAM_DIGEST, move |arguments| ram_digest(&for_digest, arguments))
         .with_command(SELF_CHECK, move |arguments| {
             none_of(arguments, &[])?;
@@ -44,6 +52,8 @@ pub(crate) fn backend(
             none_of(arguments, &[])?;
             Ok(guest_progress(&watched))
         })
+        .with_command(RESCUE, move |arguments| rescue(&for_rescue, arguments))
+        .with_command(FILL, move |arguments| fill(&for_fill, arguments))
         .with_command(VM_INFO, move |arguments| {
             none_of(arguments, &[])?;
             Ok(vm_info(&for_info, &described))
@@ -70,14 +80,53 @@ fn refuse_in_postcopy(migrator: &Migrator) -> Result<(), QmpError> {
     }
 }
 
+/// A member that is a string, if it is there.
+fn text<'a>(arguments: &'a Map<String, Value>, name: &str) -> Result<Option<&'a str>, QmpError> {
+    match arguments.get(name) {
+        None => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text)),
+        Some(_) => Err(QmpError::generic(format_args!("Parameter '{name}' expects a string"))),
+    }
+}
+
+fn rescue(migrator: &Migrator, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+    none_of(arguments, &["file"])?;
+    let file = text(arguments, "file")?;
+    let file = file.ok_or_else(|| QmpError::generic("Parameter 'file' is missing"))?;
+    let kept = migrator.rescue(Path::new(file)).map_err(QmpError::generic)?;
+    Ok(json!({
+        "side": kept.side.name(),
+        "machine": kept.machine,
+        "ram-bytes": kept.ram_bytes,
+        "stored-bytes": kept.stored_bytes,
+        "missing-pages": kept.missing_pages,
+        "device-sections": kept.devices,
+    }))
+}
+
+fn fill(migrator: &Migrator, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
+    none_of(arguments, &["file", "lost"])?;
+    let lost = match text(arguments, "lost")? {
+        None | Some("refuse") => Lost::Refuse,
+        Some("poison") => Lost::Poison,
+        Some(_) => {
+            return Err(QmpError::generic("Parameter 'lost' expects 'refuse' or 'poison'"));
+        }
+    };
+    let file = text(arguments, "file")?;
+    let part =
+        file.map(|file| Part::open(Path::new(file))).transpose().map_err(QmpError::generic)?;
+    let filled = migrator.fill(part, lost).map_err(QmpError::generic)?;
+    Ok(json!({ "pages": filled.pages, "lost-pages": filled.lost_pages }))
+}
+
 fn ram_digest(migrator: &Migrator, arguments: &Map<String, Value>) -> Result<Value, QmpError> {
     none_of(arguments, &["file"])?;
-    let file = match arguments.get("file") {
-        None => None,
-        Some(Value::String(path)) => Some(path),
-        Some(_) => return Err(QmpError::generic("Parameter 'file' expects a string")),
-    };
+    let file = text(arguments, "file")?;
     refuse_in_postcopy(migrator)?;
+    if migrator.lost_pages() > 0 {
+        return Err(QmpError::generic("pages of RAM are lost: whoever reads them is killed"));
+    }
     match migrator.run_state() {
         RunState::Running => {
             return Err(QmpError::generic("the guest runs: stop it first, its RAM changes"));
@@ -120,6 +169,7 @@ fn self_check(migrator: &Migrator, vm: &ReferenceVm) -> Result<Value, QmpError> 
         "first-error": check.first_error.map(|error| error.to_string()),
         "gap-max-us": micros(check.gap_max),
         "failure": vm.failure(),
+        "lost-pages": migrator.lost_pages(),
     }))
 }
 

@@ -11,6 +11,7 @@ use whimbrel::{Address, SocketAddressInfo};
 use crate::failure::Failure;
 use crate::file_access::FileAccess;
 use crate::progress::{Line, mib};
+use crate::recover_options::RecoverOptions;
 use crate::signals::OnSignal;
 use crate::tls_options::TlsOfDestination;
 
@@ -35,6 +36,8 @@ pub(crate) struct Receive {
     file: FileAccess,
     #[command(flatten)]
     tls: TlsOfDestination,
+    #[command(flatten)]
+    recover: RecoverOptions,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -58,7 +61,10 @@ fn parse_touch(text: &str) -> Result<Touch, String> {
 
 impl Receive {
     pub(crate) fn run(self) -> Result<(), Failure> {
+        let parameters = self.recover.parameters()?;
         let receiver = Receiver::bind(&self.uri)?
+            .recovering(parameters.auto_recover, parameters.recover_time_limit)
+            .waiting_no_longer_than(parameters.silence_limit)
             .with_preempt(self.preempt)
             .with_multifd(self.multifd)
             .touching(self.touch)

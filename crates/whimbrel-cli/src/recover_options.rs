@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
-use whimbrel::{AutoRecover, Parameters};
+use whimbrel::{AutoRecover, Parameters, SettingError};
 
 use crate::recovery::{LIMIT, Plan};
 
@@ -51,6 +51,18 @@ impl RecoverOptions {
             parameters.silence_limit = limit;
         }
     }
+
+    /// What was asked for, all else being as usual.
+    pub(crate) fn parameters(&self) -> Result<Parameters, SettingError> {
+        checked(|parameters| self.apply(parameters))
+    }
+}
+
+fn checked(apply: impl FnOnce(&mut Parameters)) -> Result<Parameters, SettingError> {
+    let mut parameters = Parameters::default();
+    apply(&mut parameters);
+    parameters.check()?;
+    Ok(parameters)
 }
 
 /// The same for an end that sends.
@@ -70,6 +82,11 @@ impl RecoverOfSource {
         if let Some(uri) = &self.recover_uri {
             parameters.recover_uri.clone_from(uri);
         }
+    }
+
+    /// What was asked for, all else being as usual.
+    pub(crate) fn parameters(&self) -> Result<Parameters, SettingError> {
+        checked(|parameters| self.apply(parameters))
     }
 }
 

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
-use whimbrel::Address;
 use whimbrel::kept::{ByPostcopy, KeptVm};
+use whimbrel::{Address, AddressError, Parameters};
 use whimbrel_ram::PageSize;
 use whimbrel_vm::{ParseError, parse_page_size, parse_size};
 
@@ -13,6 +13,7 @@ use crate::failure::Failure;
 use crate::file_access::FileAccess;
 use crate::multifd_options::MultifdOptions;
 use crate::progress::{Line, describe, mib};
+use crate::recover_options::RecoverOfSource;
 use crate::signals::OnSignal;
 use crate::tls_options::TlsOfSource;
 
@@ -42,6 +43,8 @@ pub(crate) struct Restore {
     multifd: MultifdOptions,
     #[command(flatten)]
     tls: TlsOfSource,
+    #[command(flatten)]
+    recover: RecoverOfSource,
     /// Print one JSON object at the end
     #[arg(long)]
     json: bool,
@@ -65,8 +68,10 @@ impl Restore {
                 "--direct-io: by postcopy the file is read through the page cache: leave it out",
             ));
         }
+        let parameters = self.recover.parameters()?;
         let restoring = vm
             .restoring()?
+            .waiting_no_longer_than(parameters.silence_limit)
             .reading_by(self.access.access())
             .with_multifd(self.multifd.to_multifd());
         let restoring = self.tls.secure(restoring)?;
@@ -75,7 +80,10 @@ impl Restore {
         let progress = restoring.progress();
         let line = Line::start(move || describe(&progress.info()))?;
         let result = match self.postcopy {
-            true => restoring.send_by_postcopy(&vm, &self.uri, &self.by_postcopy(&vm)),
+            true => {
+                let how = self.by_postcopy(&vm, &parameters)?;
+                restoring.send_by_postcopy(&vm, &self.uri, &how)
+            }
             false => restoring.send(&vm, &self.uri),
         };
         drop(line);
@@ -100,14 +108,20 @@ impl Restore {
         Ok(())
     }
 
-    fn by_postcopy(&self, vm: &KeptVm) -> ByPostcopy {
+    fn by_postcopy(
+        &self,
+        vm: &KeptVm,
+        parameters: &Parameters,
+    ) -> Result<ByPostcopy, AddressError> {
         let largest = || vm.largest_block().to_owned();
         let sized = |(block, size): &BlockPages| (block.clone().unwrap_or_else(largest), *size);
-        ByPostcopy {
+        let other = Some(&parameters.recover_uri).filter(|uri| !uri.is_empty());
+        Ok(ByPostcopy {
             preempt: self.preempt,
             page_sizes: self.page_size.iter().map(sized).collect(),
             max_bandwidth: self.bandwidth,
-            ..ByPostcopy::default()
-        }
+            auto_recover: (parameters.auto_recover, parameters.recover_time_limit),
+            other_address: other.map(|uri| uri.parse()).transpose()?,
+        })
     }
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::{self, Sender};
 use std::time::Duration;
 
 use clap::Args;
-use whimbrel::{Address, Event, MigrationStatus, Migrator, Start};
+use whimbrel::{Address, Event, MigrationStatus, Migrator, RunState, Start, rescue};
 use whimbrel_control::{Endpoint, Server};
 use whimbrel_vm::{ReferenceVm, SerialOutput};
 
@@ -43,13 +43,15 @@ pub(crate) struct RunVm {
 /// How long the vCPUs may take to end. One that waits for a page may never.
 const HALT: Duration = Duration::from_millis(500);
 
-/// Why the VM ends.
+/// What the VM's main thread is told.
 #[derive(Debug)]
-pub(crate) enum End {
-    /// On request.
+pub(crate) enum News {
+    /// It is to end.
     Quit,
-    /// What it waited for will not come.
+    /// It is to end, for what it waited for will not come.
     Failed(String),
+    /// The guest has gone, and runs elsewhere on what is left of it here; or it has come, whole.
+    Memory,
 }
 
 impl RunVm {
@@ -71,11 +73,11 @@ impl RunVm {
         self.tls.secure(&migrator, incoming)?;
         migrator.update_parameters(|parameters| self.recover.apply(parameters))?;
         let (end, ended) = mpsc::channel();
-        let _told = end_on_failed_incoming(&migrator, end.clone());
+        let _told = tell_of_migrations(&migrator, end.clone());
         let _signals = {
             let end = end.clone();
             // A receiver that is gone means that the end has begun.
-            OnSignal::call(move || drop(end.send(End::Quit)))?
+            OnSignal::call(move || drop(end.send(News::Quit)))?
         };
         let backend = Arc::new(monitor::backend(&migrator, &vm, end));
         if let Some(address) = &address {
@@ -87,7 +89,12 @@ impl RunVm {
         if !incoming && !self.paused {
             migrator.cont()?;
         }
-        let end = ended.recv().unwrap_or(End::Quit);
+        let end = loop {
+            match ended.recv().unwrap_or(News::Quit) {
+                News::Memory => self.describe_memory(&migrator),
+                end => break end,
+            }
+        };
         let waiting = vm.halt(HALT);
         migrator.end();
         drop(server);
@@ -96,21 +103,45 @@ impl RunVm {
             std::mem::forget(vm);
         }
         match end {
-            End::Quit => Ok(()),
-            End::Failed(why) => Err(Failure::new(why)),
+            News::Failed(why) => Err(Failure::new(why)),
+            News::Quit | News::Memory => Ok(()),
+        }
+    }
+
+    /// Says what the file of memory is now: a part of a migration that has an identifier, or a
+    /// guest's as a whole. While pages are still to come it is neither, and nothing says so.
+    fn describe_memory(&self, migrator: &Migrator) {
+        let Some(path) = &self.vm.memory_path else { return };
+        if let Err(error) = rescue::describe(path, migrator.vm(), migrator.migration_id()) {
+            // What was there before still says what lies where.
+            eprintln!("whimbrel: {error}");
         }
     }
 }
 
-fn end_on_failed_incoming(migrator: &Arc<Migrator>, end: Sender<End>) -> whimbrel::Subscription {
+fn tell_of_migrations(migrator: &Arc<Migrator>, main: Sender<News>) -> whimbrel::Subscription {
     let weak = Arc::downgrade(migrator);
     migrator.subscribe(move |event| {
-        let Event::Migration(MigrationStatus::Failed) = event else { return };
         let Some(migrator) = weak.upgrade() else { return };
-        if migrator.exits_on_error() {
-            let why = migrator.info().error_desc.unwrap_or_else(|| "the migration failed".into());
-            // A receiver that is gone means that the end has begun.
-            let _ = end.send(End::Failed(format!("incoming migration: {why}")));
-        }
+        let news = match event {
+            Event::Migration(MigrationStatus::PostcopyActive)
+                if migrator.run_state() == RunState::Postmigrate =>
+            {
+                News::Memory
+            }
+            Event::Migration(MigrationStatus::Completed)
+                if migrator.run_state() != RunState::Postmigrate =>
+            {
+                News::Memory
+            }
+            Event::Migration(MigrationStatus::Failed) if migrator.exits_on_error() => {
+                let why = migrator.info().error_desc;
+                let why = why.unwrap_or_else(|| "the migration failed".into());
+                News::Failed(format!("incoming migration: {why}"))
+            }
+            _ => return,
+        };
+        // A receiver that is gone means that the end has begun.
+        let _ = main.send(news);
     })
 }

@@ -1,5 +1,7 @@
 //! The options that say what VM to run, shared by `vm` and `demo`.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use whimbrel_ram::PageSize;
 use whimbrel_vm::{
@@ -35,6 +37,10 @@ pub(crate) struct VmOptions {
     /// Make the memory a memfd that other processes can map
     #[arg(long)]
     pub(crate) shared: bool,
+    /// Have the memory in a new file, which outlives the process: what 'whimbrel rescue' needs should
+    /// this VM be killed in postcopy
+    #[arg(long, value_name = "FILE")]
+    pub(crate) memory_path: Option<PathBuf>,
     /// Take every page from the host before the guest starts
     #[arg(long)]
     pub(crate) prefault: bool,
@@ -49,6 +55,7 @@ impl VmOptions {
             accel: self.accel,
             page_size: self.page_size,
             shared: self.shared,
+            memory_path: self.memory_path.clone(),
             dirty: self.dirty,
             workload: self.workload,
             fill: self.fill.clone(),
@@ -82,6 +89,9 @@ impl VmOptions {
         ];
         if self.shared {
             arguments.push("--shared".into());
+        }
+        if let Some(path) = &self.memory_path {
+            arguments.push(format!("--memory-path={}", path.display()));
         }
         if self.prefault {
             arguments.push("--prefault".into());

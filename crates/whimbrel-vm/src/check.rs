@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use whimbrel_ram::{GuestRam, RamBlock};
 
+use crate::guarded::{self, Ended};
 use crate::layout::{CONSTANTS, FIRMWARE, Layout, MAGIC, RAM, cpu_page};
 use crate::pattern::{Constants, Mismatch, MismatchKind, Page};
 
@@ -71,14 +72,18 @@ impl fmt::Display for CheckError {
             MismatchKind::Payload => "corrupt",
             MismatchKind::Updates => "vCPU state and memory are of different moments",
             MismatchKind::Register => "a floating point register was lost",
+            MismatchKind::Lost => return write!(f, "vcpu-{vcpu}, page {page}: lost for ever"),
         };
         write!(f, "vcpu-{vcpu}, page {page}: {what} (expected {expected:#x}, found {found:#x})")
     }
 }
 
+/// What is found of a page that is lost.
+const LOST: Mismatch = Mismatch { kind: MismatchKind::Lost, expected: 0, found: 0 };
+
 /// The words of one vCPU's page. They all lie inside it, and it inside the memory.
-pub(crate) fn cpu_word(ram: &GuestRam, layout: &Layout, cpu: u32, word: u64) -> u64 {
-    ram_word(ram.block(RAM), layout.cpu_page(cpu) + word)
+fn cpu_word(ram: &GuestRam, layout: &Layout, cpu: u32, word: u64) -> Result<u64, Ended> {
+    guarded::load(ram.block(RAM), layout.cpu_page(cpu) + word)
 }
 
 pub(crate) fn ram_word(block: &RamBlock, offset: u64) -> u64 {
@@ -86,47 +91,66 @@ pub(crate) fn ram_word(block: &RamBlock, offset: u64) -> u64 {
 }
 
 /// The constants in the firmware.
-pub(crate) fn constants(ram: &GuestRam) -> Constants {
-    let firmware = ram.block(FIRMWARE);
-    Constants {
-        multiplier: ram_word(firmware, CONSTANTS),
-        increment: ram_word(firmware, CONSTANTS + 8),
-    }
+fn constants(ram: &GuestRam) -> Result<Constants, Ended> {
+    let load = |offset| guarded::load(ram.block(FIRMWARE), offset);
+    Ok(Constants { multiplier: load(CONSTANTS)?, increment: load(CONSTANTS + 8)? })
 }
 
 /// What the guest itself has found so far.
 pub(crate) fn guest_counters(ram: &GuestRam, layout: &Layout) -> SelfCheck {
     let mut found = SelfCheck::default();
     for cpu in 0..layout.vcpus {
-        let word = |word| cpu_word(ram, layout, cpu, word);
-        found.updates += word(cpu_page::UPDATES);
-        found.pages_checked += word(cpu_page::CHECKED);
-        let errors = word(cpu_page::ERRORS);
-        found.errors += errors;
-        if let Some(kind) = MismatchKind::from_code(word(cpu_page::ERROR_KIND))
-            && errors > 0
-        {
-            let (expected, page) = (word(cpu_page::ERROR_EXPECTED), word(cpu_page::ERROR_PAGE));
-            let mismatch = Mismatch { kind, expected, found: word(cpu_page::ERROR_FOUND) };
-            found.first_error.get_or_insert(CheckError::new(cpu, page, mismatch));
+        if add_counters(ram, layout, cpu, &mut found).is_err() {
+            found.error(cpu, 0, LOST);
         }
     }
     found
 }
 
+fn add_counters(
+    ram: &GuestRam,
+    layout: &Layout,
+    cpu: u32,
+    found: &mut SelfCheck,
+) -> Result<(), Ended> {
+    let word = |word| cpu_word(ram, layout, cpu, word);
+    found.updates += word(cpu_page::UPDATES)?;
+    found.pages_checked += word(cpu_page::CHECKED)?;
+    let errors = word(cpu_page::ERRORS)?;
+    found.errors += errors;
+    if let Some(kind) = MismatchKind::from_code(word(cpu_page::ERROR_KIND)?)
+        && errors > 0
+    {
+        let (expected, page) = (word(cpu_page::ERROR_EXPECTED)?, word(cpu_page::ERROR_PAGE)?);
+        let mismatch = Mismatch { kind, expected, found: word(cpu_page::ERROR_FOUND)? };
+        found.first_error.get_or_insert(CheckError::new(cpu, page, mismatch));
+    }
+    Ok(())
+}
+
 /// Looks at every page of the working set, while the guest is stopped.
 pub(crate) fn full(ram: &GuestRam, layout: &Layout) -> SelfCheck {
     let mut found = guest_counters(ram, layout);
-    let constants = constants(ram);
     for cpu in 0..layout.vcpus {
-        let magic = cpu_word(ram, layout, cpu, 0);
-        if magic != MAGIC {
-            let mismatch = Mismatch { kind: MismatchKind::Register, expected: MAGIC, found: magic };
-            found.error(cpu, 0, mismatch);
-        }
-        check_pages(ram, layout, constants, cpu, &mut found);
+        // What of its own a vCPU has lost is found above.
+        let _ = check_cpu(ram, layout, cpu, &mut found);
     }
     found
+}
+
+fn check_cpu(
+    ram: &GuestRam,
+    layout: &Layout,
+    cpu: u32,
+    found: &mut SelfCheck,
+) -> Result<(), Ended> {
+    let constants = constants(ram).inspect_err(|_| found.error(cpu, 0, LOST))?;
+    let magic = cpu_word(ram, layout, cpu, 0)?;
+    if magic != MAGIC {
+        let mismatch = Mismatch { kind: MismatchKind::Register, expected: MAGIC, found: magic };
+        found.error(cpu, 0, mismatch);
+    }
+    check_pages(ram, layout, constants, cpu, found)
 }
 
 fn check_pages(
@@ -135,30 +159,38 @@ fn check_pages(
     constants: Constants,
     cpu: u32,
     found: &mut SelfCheck,
-) {
+) -> Result<(), Ended> {
     let block = ram.block(RAM);
     // What a KVM guest was stopped in the middle of is for the guest itself to check.
-    let writing = cpu_word(ram, layout, cpu, cpu_page::WRITING).checked_sub(1);
+    let writing = cpu_word(ram, layout, cpu, cpu_page::WRITING)?.checked_sub(1);
     let mut copy = Page::zeroed();
-    let mut counts = 0u64;
+    let (mut counts, mut lost) = (0u64, false);
     for index in 0..layout.owned(cpu) {
         let page = layout.page(cpu, index);
-        let count = ram_word(block, layout.count_offset(cpu, index));
+        let Ok(count) = guarded::load(block, layout.count_offset(cpu, index)) else {
+            found.error(cpu, page, LOST);
+            lost = true;
+            continue;
+        };
         counts = counts.wrapping_add(count);
         if writing == Some(page) {
             continue;
         }
-        block.read(layout.page_offset(page), &mut copy.0).expect("inside the memory");
         found.pages_checked += 1;
+        if guarded::read(block, layout.page_offset(page), &mut copy.0).is_err() {
+            found.error(cpu, page, LOST);
+            continue;
+        }
         if let Err(mismatch) = copy.check_all(constants, layout.workload.seed, page, count) {
             found.error(cpu, page, mismatch);
         }
     }
-    let updates = cpu_word(ram, layout, cpu, cpu_page::UPDATES);
+    let updates = cpu_word(ram, layout, cpu, cpu_page::UPDATES)?;
     // The guest adds to the table first and to the sum a few instructions later.
     let in_between = writing.is_some() && counts == updates.wrapping_add(1);
-    if counts != updates && !in_between {
+    if counts != updates && !in_between && !lost {
         let kind = MismatchKind::Updates;
         found.error(cpu, 0, Mismatch { kind, expected: updates, found: counts });
     }
+    Ok(())
 }

@@ -22,6 +22,10 @@ pub struct Config {
     /// Whether the memory is a memfd that others can map, and not private. Huge pages are always
     /// shared.
     pub shared: bool,
+    /// A file, which must not be there yet, to be the memory: shared, so that it outlives the process.
+    /// It is described beside it ([`whimbrel::rescue::describe`]), unless its content is still to come,
+    /// and never removed.
+    pub memory_path: Option<PathBuf>,
     /// How written pages are found.
     pub dirty: DirtyKind,
     /// What the guest does.
@@ -48,6 +52,7 @@ impl Config {
             accel: AccelChoice::Auto,
             page_size: PageSize::SIZE_4K,
             shared: false,
+            memory_path: None,
             dirty: DirtyKind::Auto,
             workload: Workload::default(),
             fill: Fill::Zero,

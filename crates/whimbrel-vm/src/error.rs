@@ -61,6 +61,17 @@ pub enum Error {
         /// What is left for a working set.
         room: Size,
     },
+    /// The file that is to be the memory cannot be.
+    #[error("memory in {path}: {source}{}", exists_hint(source), path = path.display())]
+    MemoryFile {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The file that is the memory cannot be described.
+    #[error(transparent)]
+    Describe(whimbrel::Error),
     /// The kernel refused the memory.
     #[error(transparent)]
     Block(#[from] BlockError),
@@ -107,6 +118,15 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+}
+
+fn exists_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            ": it may be what is left of a guest; when nobody needs it any more, remove it"
+        }
+        _ => "",
+    }
 }
 
 /// A number of bytes, shown with the largest unit that divides it, or in tenths of a MiB.

@@ -12,6 +12,7 @@ mod config;
 mod dirty;
 mod error;
 mod gate;
+mod guarded;
 mod kvm;
 mod layout;
 mod loading;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use whimbrel::{DeviceState, VmError};
+use whimbrel_ram::{BlockIndex, GuestRam, TargetPage};
 
 use crate::config::Accel;
 use crate::error::Error;
@@ -11,6 +12,13 @@ use crate::layout::Layout;
 
 /// Names of the devices that more than one accelerator has.
 pub(crate) const VCPU: &str = "vcpu";
+
+/// What becomes of a guest that touches a page which is lost, and cannot go on without it.
+pub(crate) fn machine_check(ram: &GuestRam, block: BlockIndex, offset: u64) -> VmError {
+    let name = ram.block(block).name();
+    let page = TargetPage::containing(offset).0;
+    VmError::new(format!("machine check: the guest touched page {page} of {name}, which is lost"))
+}
 
 /// The vCPUs of a VM, on KVM or on native threads.
 pub(crate) trait Machine: Send + Sync {
@@ -22,9 +30,9 @@ pub(crate) trait Machine: Send + Sync {
     /// Runs a vCPU on the calling thread until it is recalled.
     fn run(&self, cpu: u32, gate: &Gate) -> Result<(), VmError>;
 
-    /// The signal that gets a vCPU thread out of the guest, after everything was done so that it
-    /// does not go back in.
-    fn kick(&self) -> Option<libc::c_int>;
+    /// The signal that gets a vCPU thread out of the guest, and out of waiting for a page that is
+    /// missing, after everything was done so that it does not go back in.
+    fn kick(&self) -> libc::c_int;
 
     /// The devices of this accelerator, in the order in which they are saved.
     fn devices(&self) -> Vec<(&'static str, u32)>;

@@ -3,16 +3,17 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use whimbrel::{DeviceState, VmError};
-use whimbrel_ram::GuestRam;
+use whimbrel_ram::{BlockIndex, GuestRam};
 
 use crate::build::first_choice;
-use crate::check::{constants, ram_word};
+use crate::check::ram_word;
 use crate::config::Accel;
 use crate::dirty::Marks;
 use crate::error::Error;
 use crate::gate::Gate;
-use crate::layout::{Layout, PICKS, RAM, cpu_page};
-use crate::machine::{LoadMachine, Machine, VCPU};
+use crate::guarded::{self, Ended};
+use crate::layout::{CONSTANTS, FIRMWARE, Layout, PICKS, RAM, cpu_page};
+use crate::machine::{LoadMachine, Machine, VCPU, machine_check};
 use crate::pace::{Gap, Pace};
 use crate::pattern::{Constants, Mismatch, MismatchKind, PAGE_BYTES, Page};
 use crate::serial::SerialPort;
@@ -37,6 +38,14 @@ struct Registers {
     updates: u64,
     /// Whether it has said so on the serial port.
     started: bool,
+}
+
+/// A read of memory that did not get what is there.
+#[derive(Clone, Copy, Debug)]
+struct Met {
+    ended: Ended,
+    block: BlockIndex,
+    offset: u64,
 }
 
 #[derive(Debug)]
@@ -87,28 +96,57 @@ impl NativeMachine {
         self.marks.written(RAM, offset, 8);
     }
 
+    /// A load of the guest's from memory that it has touched in the same update.
     fn load(&self, offset: u64) -> u64 {
         ram_word(self.ram.block(RAM), offset)
     }
 
+    /// The guest's first load from a page in an update: it may have to wait.
+    fn fetch(&self, offset: u64) -> Result<u64, Met> {
+        guarded::load(self.ram.block(RAM), offset).map_err(|ended| Met {
+            ended,
+            block: RAM,
+            offset,
+        })
+    }
+
+    /// The constants in the firmware.
+    fn constants(&self) -> Result<Constants, Met> {
+        let fetch = |offset| {
+            guarded::load(self.ram.block(FIRMWARE), offset).map_err(|ended| Met {
+                ended,
+                block: FIRMWARE,
+                offset,
+            })
+        };
+        Ok(Constants { multiplier: fetch(CONSTANTS)?, increment: fetch(CONSTANTS + 8)? })
+    }
+
     /// One update of one page, checked before: what the loop in the KVM guest's code does.
-    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page) {
+    ///
+    /// It reads from every page that it touches before it writes to any: one that does not get a page
+    /// has changed nothing but registers, which the caller takes back.
+    fn update(&self, cpu: &mut Cpu, constants: Constants, page: &mut Page) -> Result<(), Met> {
         let layout = Arc::clone(&cpu.layout);
         let own = layout.cpu_page(cpu.id);
-        let index = self.choose(cpu, constants);
+        let index = self.choose(cpu, constants)?;
         let number = layout.page(cpu.id, index);
         let offset = layout.page_offset(number);
         let counted_at = layout.count_offset(cpu.id, index);
         let seed = layout.workload.seed;
 
-        let (expected, found) = (cpu.registers.updates, self.load(own + cpu_page::UPDATES));
+        let (expected, found) = (cpu.registers.updates, self.fetch(own + cpu_page::UPDATES)?);
+        let count = self.fetch(counted_at)?;
+        let block = self.ram.block(RAM);
+        guarded::read(block, offset, &mut page.0).map_err(|ended| Met {
+            ended,
+            block: RAM,
+            offset,
+        })?;
         if expected != found {
             let kind = MismatchKind::Updates;
             self.report(cpu, number, Mismatch { kind, expected, found });
         }
-        let count = self.load(counted_at);
-        let block = self.ram.block(RAM);
-        block.read(offset, &mut page.0).expect("inside the memory, as laid out");
         if let Err(mismatch) = page.check(seed, number, count) {
             self.report(cpu, number, mismatch);
         }
@@ -121,25 +159,26 @@ impl NativeMachine {
         self.store(counted_at, count);
         cpu.registers.updates = expected.wrapping_add(1);
         self.store(own + cpu_page::UPDATES, cpu.registers.updates);
+        Ok(())
     }
 
     /// The index of the next page among the vCPU's own.
-    fn choose(&self, cpu: &mut Cpu, constants: Constants) -> u64 {
+    fn choose(&self, cpu: &mut Cpu, constants: Constants) -> Result<u64, Met> {
         let (id, layout, registers) = (cpu.id, &cpu.layout, &mut cpu.registers);
         let owned = layout.owned(id);
         if layout.workload.kind == WorkloadKind::Sequential {
             let index = registers.cursor;
             registers.cursor = if index + 1 < owned { index + 1 } else { 0 };
-            return index;
+            return Ok(index);
         }
         registers.choice = constants.next(registers.choice);
         let high = registers.choice >> 32;
         // `high` is evenly spread over 32 bits: its share of `of` is evenly spread below `of`.
         let share = |of: u64| (high * of) >> 32;
-        match layout.workload.kind {
+        Ok(match layout.workload.kind {
             WorkloadKind::Zipf => {
                 let entry = layout.picks + (high & (PICKS - 1)) * 4;
-                let word = self.load(entry & !7);
+                let word = self.fetch(entry & !7)?;
                 let pick = if entry & 4 == 0 { word & 0xffff_ffff } else { word >> 32 };
                 // Only a table that was corrupted names a page that is not there.
                 pick.min(owned - 1)
@@ -150,6 +189,14 @@ impl NativeMachine {
                 if nine_of_ten || hot == owned { share(hot) } else { hot + share(owned - hot) }
             }
             WorkloadKind::Uniform | WorkloadKind::Sequential | WorkloadKind::Idle => share(owned),
+        })
+    }
+
+    /// What becomes of a vCPU whose read did not get what is there.
+    fn ended(&self, met: Met) -> Result<(), VmError> {
+        match met.ended {
+            Ended::Kicked => Ok(()), // It was recalled.
+            Ended::Lost => Err(machine_check(&self.ram, met.block, met.offset)),
         }
     }
 
@@ -192,18 +239,26 @@ impl Machine for NativeMachine {
             gate.sleep(None);
             return Ok(());
         }
-        let constants = constants(&self.ram);
+        let constants = match self.constants() {
+            Ok(constants) => constants,
+            Err(met) => return self.ended(met),
+        };
         let mut pace = Pace::start();
         let mut page = Page::zeroed();
         while !gate.recalled() {
-            self.update(&mut cpu, constants, &mut page);
+            let before = cpu.registers.clone();
+            if let Err(met) = self.update(&mut cpu, constants, &mut page) {
+                // It is done when the vCPU runs again.
+                cpu.registers = before;
+                return self.ended(met);
+            }
             pace.updated(&self.gaps[id as usize], workload.rate, gate);
         }
         Ok(())
     }
 
-    fn kick(&self) -> Option<libc::c_int> {
-        None
+    fn kick(&self) -> libc::c_int {
+        guarded::signal()
     }
 
     fn devices(&self) -> Vec<(&'static str, u32)> {

@@ -139,10 +139,12 @@ pub enum MismatchKind {
     Updates,
     /// A floating point register lost its value.
     Register,
+    /// What lies here is lost for ever: never found by the guest, who is stopped there.
+    Lost,
 }
 
 impl MismatchKind {
-    const ALL: [MismatchKind; 7] = [
+    const ALL: [MismatchKind; 8] = [
         MismatchKind::Number,
         MismatchKind::Count,
         MismatchKind::Seed,
@@ -150,6 +152,7 @@ impl MismatchKind {
         MismatchKind::Payload,
         MismatchKind::Updates,
         MismatchKind::Register,
+        MismatchKind::Lost,
     ];
 
     /// As the guest writes it: from 1 on, in the order of the variants.
@@ -162,6 +165,7 @@ impl MismatchKind {
             MismatchKind::Payload => 5,
             MismatchKind::Updates => 6,
             MismatchKind::Register => 7,
+            MismatchKind::Lost => 8,
         }
     }
 

@@ -10,10 +10,12 @@ use whimbrel::VmError;
 
 use crate::error::Error;
 use crate::gate::Gate;
+use crate::guarded;
 use crate::machine::Machine;
 
 /// How long a pause waits for a vCPU. It takes well under a millisecond on native threads and a
-/// few on KVM; only a vCPU that waits for a page that is missing takes longer.
+/// few on KVM, also when it waits for a page that is missing; but for a KVM that cannot be woken
+/// from that (Linux before 6.2, and where KVM itself does what the guest's instruction does).
 const PAUSE_LIMIT: Duration = Duration::from_secs(10);
 
 /// The threads, which are joined when the value is dropped.
@@ -28,6 +30,7 @@ pub(crate) struct Vcpus {
 impl Vcpus {
     /// Starts a thread for each of `count` vCPUs. When this returns, all of them wait at the gate.
     pub(crate) fn start(count: u32, machine: Arc<dyn Machine>) -> Result<Vcpus, Error> {
+        guarded::install();
         let vcpus = Vcpus {
             gate: Arc::new(Gate::new(count as usize)),
             machine,
@@ -98,11 +101,10 @@ impl Vcpus {
 
     /// Gets the threads out of the guest.
     fn kick(&self) {
-        if let Some(signal) = self.machine.kick() {
-            for thread in self.lock().iter() {
-                // A thread that has ended needs no kick.
-                let _ended = thread.kill(signal);
-            }
+        let signal = self.machine.kick();
+        for thread in self.lock().iter() {
+            // A thread that has ended needs no kick.
+            let _ended = thread.kill(signal);
         }
     }
 }

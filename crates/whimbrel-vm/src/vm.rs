@@ -88,6 +88,10 @@ impl ReferenceVm {
             runs: AtomicU64::new(0),
             layout: Mutex::new(layout),
         };
+        // One that waits has nothing there that could be missed.
+        if let Some(path) = config.memory_path.as_ref().filter(|_| !config.incoming) {
+            whimbrel::rescue::describe(path, &vm, None).map_err(Error::Describe)?;
+        }
         Ok(Arc::new(vm))
     }
 

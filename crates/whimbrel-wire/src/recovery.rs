@@ -218,7 +218,7 @@ mod tests {
             hello.encode(&mut bytes);
             assert_eq!(Hello::parse(bytes.first_chunk().unwrap()), Some(hello));
             assert_eq!(bytes.len(), Hello::LEN);
-            bytes[4] = 3;
+            *bytes.get_mut(4).unwrap() = 3;
             assert_eq!(Hello::parse(bytes.first_chunk().unwrap()), None, "no such channel");
         }
         let welcome = Welcome { nonce: [1; NONCE_LEN], proof: [2; PROOF_LEN] };
@@ -230,7 +230,7 @@ mod tests {
         Proof([9; PROOF_LEN]).encode(&mut bytes);
         assert_eq!(Proof::parse(bytes.first_chunk().unwrap()), Some(Proof([9; PROOF_LEN])));
         assert_eq!(bytes.len(), Proof::LEN);
-        bytes[0] ^= 1;
+        *bytes.first_mut().unwrap() ^= 1;
         assert_eq!(Proof::parse(bytes.first_chunk().unwrap()), None);
     }
 

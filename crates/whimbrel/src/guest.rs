@@ -27,6 +27,8 @@ struct Inner {
     state: RunState,
     right: Slot,
     stop_asked: bool,
+    /// Pages of RAM that are lost: whoever reads one is killed.
+    lost_pages: u64,
     next_subscriber: u64,
 }
 
@@ -88,7 +90,13 @@ impl Guest {
         };
         Guest {
             vm,
-            inner: Mutex::new(Inner { state, right, stop_asked: false, next_subscriber: 0 }),
+            inner: Mutex::new(Inner {
+                state,
+                right,
+                stop_asked: false,
+                lost_pages: 0,
+                next_subscriber: 0,
+            }),
             returned: Condvar::new(),
             subscribers: Mutex::default(),
         }
@@ -198,6 +206,16 @@ impl Guest {
 
     fn is_handed_over(&self) -> bool {
         matches!(self.lock().right, Slot::HandedOver)
+    }
+
+    /// So many more pages of RAM are lost, and have been given up.
+    pub(crate) fn add_lost(&self, pages: u64) {
+        self.lock().lost_pages += pages;
+    }
+
+    /// How many pages of RAM are lost.
+    pub(crate) fn lost_pages(&self) -> u64 {
+        self.lock().lost_pages
     }
 
     /// `stop`.

@@ -20,7 +20,8 @@
 //!
 //! At the other end a VM is made with the same RAM blocks, given to a [`Migrator`] as
 //! [`Start::Incoming`], and told where to wait with [`Migrator::incoming`]. [`kept`] takes VMs of
-//! any kind into files and out of them.
+//! any kind into files and out of them; [`rescue`] is for when one side of a postcopy is gone for
+//! good.
 mod address;
 mod channel;
 mod destination;
@@ -36,10 +37,12 @@ mod latency;
 mod loaders;
 mod migrator;
 mod objects;
+mod own_devices;
 mod packing;
 mod plan;
 mod recovery;
 mod report;
+pub mod rescue;
 mod settings;
 mod source;
 mod status;

@@ -1,5 +1,6 @@
 //! The public face: one value for each VM, through which it is moved, watched and stopped.
 
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
@@ -10,6 +11,7 @@ use crate::guest::Guest;
 use crate::objects::{Object, Router};
 use crate::recovery::{self, WayOn};
 use crate::report::{Report, Side};
+use crate::rescue::{self, Filled, KeptPart, Lost, Orders, Part};
 use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
 use crate::status::{Event, MigrationInfo, MigrationStatus, RunState};
@@ -58,6 +60,8 @@ struct Run {
     postcopy: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     links: Links,
+    /// Rescues of a destination.
+    orders: Option<Arc<Orders>>,
     way_on: Way,
     allows_postcopy: bool,
     worker: Option<Worker>,
@@ -213,6 +217,12 @@ impl Migrator {
             }
             _ => {}
         }
+        if self.guest.lost_pages() > 0 {
+            return Err(Error::Refused(format!(
+                "{} pages of this guest's RAM are lost: it cannot be migrated",
+                self.guest.lost_pages()
+            )));
+        }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, proceed) = (new_cancel()?, new_cancel()?);
         let (postcopy, links, resume) = (new_cancel()?, new_links()?, new_way_on()?);
@@ -238,6 +248,7 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            orders: None,
             way_on: Way::Resume(resume),
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
@@ -258,6 +269,7 @@ impl Migrator {
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
         let (postcopy, links, recover) = (new_cancel()?, new_links()?, new_way_on()?);
+        let orders = Arc::new(Orders::new().map_err(Error::system("making an eventfd"))?);
         let report = Arc::new(Report::new(Side::Destination));
         let listener = announced(listener, &report, &links);
         let job = live::Job {
@@ -272,6 +284,7 @@ impl Migrator {
             report: report.clone(),
             cancel: cancel.clone(),
             links: links.clone(),
+            orders: orders.clone(),
             recover: recover.clone(),
         };
         let run = move || live::run(&job, listener);
@@ -285,6 +298,7 @@ impl Migrator {
             proceed,
             postcopy,
             links,
+            orders: Some(orders),
             way_on: Way::Recover(recover),
             allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
             worker: Some(worker),
@@ -370,6 +384,56 @@ impl Migrator {
                     .into(),
             )),
         }
+    }
+
+    /// Keeps what is here of a guest whose other side is gone for good, in a file at `path`, which may
+    /// then be [joined](crate::rescue::join) with what the other side has left. Only while the
+    /// migration is paused in postcopy; it stays so. Returns when all of it is on the disk.
+    ///
+    /// At a destination the guest is stopped: whoever restores the file runs it from then on, and
+    /// here it does not run again unless a human says so ([`cont`](Migrator::cont)). On an error it
+    /// runs on.
+    pub fn rescue(&self, path: &Path) -> Result<KeptPart, Error> {
+        let migration = self.migration_id();
+        match self.orders()? {
+            Some(orders) => rescue::keep_destination(&self.guest, &orders, migration, path),
+            None => rescue::keep_source(&self.guest, migration, path),
+        }
+    }
+
+    /// Brings what is missing at a destination that is paused in postcopy from `part`, which is what
+    /// the source has left; the guest runs meanwhile, and the migration is completed. Pages that are
+    /// not in `part` either are `lost`; without a part all are that are missing.
+    ///
+    /// A guest with pages that were given up runs until it touches one; it cannot be migrated any
+    /// more.
+    pub fn fill(&self, part: Option<Part>, lost: Lost) -> Result<Filled, Error> {
+        match self.orders()? {
+            Some(orders) => rescue::fill_destination(&self.guest, &orders, part, lost),
+            None => Err(Error::Refused(
+                "this is the source: it is the destination that lacks pages".into(),
+            )),
+        }
+    }
+
+    /// The identifier of the migration under way or the last one, once it has one: between two
+    /// whimbrels, from just before the hand-over in postcopy on.
+    pub fn migration_id(&self) -> Option<[u8; 16]> {
+        self.lock().run.as_ref().and_then(|run| run.report.migration())
+    }
+
+    /// How many pages of 4 KiB of the guest's RAM are lost: they were given up, and whoever reads
+    /// one is killed (SIGBUS).
+    pub fn lost_pages(&self) -> u64 {
+        self.guest.lost_pages()
+    }
+
+    /// Who rescues a destination; `None` for a source.
+    fn orders(&self) -> Result<Option<Arc<Orders>>, Error> {
+        let inner = self.lock();
+        let paused = |run: &&Run| run.report.status() == MigrationStatus::PostcopyPaused;
+        let run = inner.run.as_ref().filter(paused).ok_or_else(rescue::not_paused)?;
+        Ok(run.orders.clone())
     }
 
     /// `migrate` with `resume`: a source in `postcopy-paused` connects to `address` and sends what the

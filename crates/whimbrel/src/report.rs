@@ -68,6 +68,7 @@ pub(crate) struct Report {
     slow: Mutex<Slow>,
     answers: Mutex<Answered>,
     faults: OnceLock<Arc<dyn FaultReport>>,
+    migration: OnceLock<[u8; 16]>,
 }
 
 /// What a source knows of the requests it answered. Locked for one at a time.
@@ -119,6 +120,7 @@ impl Report {
             slow,
             answers: Mutex::default(),
             faults: OnceLock::new(),
+            migration: OnceLock::new(),
         }
     }
 
@@ -194,6 +196,17 @@ impl Report {
 
     pub(crate) fn set_xbzrle(&self, stats: XbzrleCacheStats) {
         self.with(|slow| slow.xbzrle = Some(stats));
+    }
+
+    /// The migration has this identifier.
+    pub(crate) fn is_of(&self, migration: [u8; 16]) {
+        // It has one all its life.
+        let _ = self.migration.set(migration);
+    }
+
+    /// The migration's identifier, once it has one.
+    pub(crate) fn migration(&self) -> Option<[u8; 16]> {
+        self.migration.get().copied()
     }
 
     pub(crate) fn set_socket_address(&self, address: Option<SocketAddressInfo>) {

@@ -15,18 +15,23 @@ pub enum Backing {
     Ordinary,
     /// Huge pages of 2 MiB, of the host's pool ([`HugePages`]).
     Huge,
+    /// A file, which outlives the process.
+    File,
 }
 
 impl Backing {
-    /// QEMU's arguments. The block is called as it is without them, so that a guest can move from
+    /// QEMU's arguments; `file` is what the memory lies in, if it is to lie in one. The block is called as it is without them, so that a guest can move from
     /// one kind into the other.
     #[must_use]
-    pub fn arguments(self, mebibytes: u32) -> Vec<String> {
+    pub fn arguments(self, mebibytes: u32, file: &Path) -> Vec<String> {
         let mut arguments = vec!["-m".to_owned(), mebibytes.to_string()];
-        if self == Self::Huge {
-            let backend = format!(
-                "memory-backend-memfd,id={BLOCK},size={mebibytes}M,hugetlb=on,hugetlbsize=2M"
-            );
+        let backend = match self {
+            Self::Ordinary => None,
+            Self::Huge => Some("memory-backend-memfd,hugetlb=on,hugetlbsize=2M".to_owned()),
+            Self::File => Some(format!("memory-backend-file,share=on,mem-path={}", file.display())),
+        };
+        if let Some(backend) = backend {
+            let backend = format!("{backend},id={BLOCK},size={mebibytes}M");
             let machine = format!("memory-backend={BLOCK}");
             arguments.extend(["-object".to_owned(), backend, "-machine".to_owned(), machine]);
         }
@@ -35,7 +40,7 @@ impl Backing {
 }
 
 /// The block that is the guest's memory.
-const BLOCK: &str = "pc.ram";
+pub const BLOCK: &str = "pc.ram";
 
 /// Where the host's pages of 2 MiB are counted, and how many nobody uses.
 const POOL: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";

@@ -78,7 +78,7 @@ impl Machine<'_> {
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", other_control.display()))
-            .args(self.backing.arguments(self.guest.mebibytes()))
+            .args(self.backing.arguments(self.guest.mebibytes(), &file("ram")))
             .args(self.guest.arguments(folder)?);
         match begin {
             Begin::Boot => {}

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
-use serde_json::json;
-use whimbrel_peers::guest::BootSector;
+use serde_json::{Value, json};
+use whimbrel_peers::guest::{BootSector, Guest as _};
 use whimbrel_peers::install::Peer;
 use whimbrel_peers::journey::{Journey, MIGRATION_MAX, Transport};
+use whimbrel_peers::memory::{BLOCK, Backing};
 use whimbrel_peers::qemu::Qemu;
 use whimbrel_peers::{on_each_peer, wait};
 
@@ -53,7 +54,8 @@ fn wait_for_status(qemu: &mut Qemu, status: &str) -> Result<()> {
     })
 }
 
-/// The source dies when its guest is ours and RAM is not: nothing is kept, nothing is left.
+/// The source dies when its guest is ours and RAM is not: what has come is kept as a part, of which
+/// no QEMU can begin.
 fn source_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
     let guest = BootSector { seed: 82 };
     let journey = Journey::new(peer.machine(), &guest)?;
@@ -74,10 +76,70 @@ fn source_dies(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
     })?;
     drop(source);
     let said = receiver.wait(MIGRATION_MAX)?.refused()?;
-    ensure!(said.contains("nothing was kept"), "it is not said that nothing was kept: {said}");
+    let part = journey.file("store/kept.part");
+    let told = format!("what has come is kept in {}", text(&part)?);
+    ensure!(said.contains(&told), "it is not said that a part was kept: {said}");
     let left: Vec<_> = fs::read_dir(journey.file("store"))?.collect();
-    ensure!(left.is_empty(), "left behind: {left:?}");
+    ensure!(left.len() == 1 && part.exists(), "left behind: {left:?}");
+    let whole = journey.file("whole");
+    let join = ["rescue", "join", text(&part)?, "-o", text(&whole)?];
+    let said = journey.whimbrel(&join)?.refused()?;
+    ensure!(said.contains("pages of RAM are in neither part"), "{said}");
+    let said = journey.whimbrel(&[&join[..], &["--lost=poison"]].concat())?.refused()?;
+    ensure!(said.contains("no QEMU can be told so"), "{said}");
+    ensure!(!whole.exists(), "a QEMU would take zeros for what is lost");
     Ok(())
+}
+
+/// The memory of a source that was killed lay in a file: with what had come its guest is whole, and
+/// goes on in another QEMU where it was.
+fn a_killed_source_comes_back_from_its_memory(peer: Peer) -> Result<()> {
+    let guest = BootSector { seed: 87 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let journey = journey.in_memory_of(Backing::File, Backing::Ordinary);
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let (mut receiver, uri) = journey.receiving(Transport::Tcp, &kept)?;
+    source.qmp.enable(PLAIN)?;
+    // What is written again and again is never sent whole, and hardly anything of it once it has gone.
+    let slow = json!({
+        "max-bandwidth": 4_000_000, "max-postcopy-bandwidth": 4096, "downtime-limit": 1,
+    });
+    source.qmp.execute("migrate-set-parameters", &slow)?;
+    source.qmp.migrate(&uri)?;
+    wait::until("a whole round", MIGRATION_MAX, || {
+        let report = source.qmp.execute("query-migrate", &json!({}))?;
+        Ok((report["ram"]["dirty-sync-count"].as_u64() > Some(2)).then_some(()))
+    })?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    wait_for_status(&mut source, "postcopy-active")?;
+    // A page that comes after the guest shows that the guest has come.
+    wait::until("pages after the guest", MIGRATION_MAX, || {
+        let report = source.qmp.execute("query-migrate", &json!({}))?;
+        Ok((report["ram"]["postcopy-bytes"].as_u64() > Some(8192)).then_some(()))
+    })?;
+    let before = source.console.written();
+    drop(source);
+    let said = receiver.wait(MIGRATION_MAX)?.refused()?;
+    ensure!(said.contains("what has come is kept in"), "it is not said: {said}");
+
+    let (part, whole) = (journey.file("kept.part"), journey.file("whole"));
+    let memory = journey.file("source.ram");
+    let shown = journey.whimbrel(&["inspect", text(&part)?, "--json"])?.succeeded()?;
+    let shown: Value = serde_json::from_str(&shown.output)?;
+    ensure!(shown["missing-pages"].as_u64() > Some(0), "nothing was missing: {shown}");
+    let length = fs::metadata(&memory)?.len();
+    let description = json!({
+        "version": 1,
+        "machine": shown["machine"],
+        "blocks": [{ "name": BLOCK, "length": length, "offset": 0 }],
+    });
+    fs::write(journey.file("source.ram.json"), description.to_string())?;
+    let join = ["rescue", "join", text(&part)?, text(&memory)?, "-o", text(&whole)?];
+    journey.whimbrel(&join)?.succeeded()?;
+    let destination = journey.restore(&whole, peer, Transport::Tcp, &[])?;
+    destination.console.wait_for(guest.settled_lines(), MIGRATION_MAX)?;
+    guest.check_continues(&before, &destination.console.written())
 }
 
 fn the_source_dies(peer: Peer) -> Result<()> {
@@ -171,6 +233,7 @@ on_each_peer!(
     the_destination_dies_with_preempt,
     the_source_dies,
     the_source_dies_with_preempt,
+    a_killed_source_comes_back_from_its_memory,
     a_destination_without_postcopy_refuses,
     a_destination_with_other_pages_refuses,
     preempt_only_at_the_source,

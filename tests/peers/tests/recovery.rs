@@ -1,12 +1,13 @@
 //! A postcopy whose link breaks, with a stock QEMU at one end, or at both.
 
+use std::fs;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 use whimbrel_peers::guest::BootSector;
 use whimbrel_peers::install::Peer;
-use whimbrel_peers::journey::{Journey, MIGRATION_MAX};
+use whimbrel_peers::journey::{Journey, MIGRATION_MAX, Transport, free_port};
 use whimbrel_peers::on_each_peer;
 use whimbrel_peers::qemu::Qemu;
 
@@ -89,7 +90,105 @@ fn migrate_leaves_two_qemus_alone(peer: Peer) -> Result<()> {
     journey.check_arrived(&source, &destination)
 }
 
+/// A QEMU's postcopy to a whimbrel, paused three times by the QEMU and told to go on.
+fn into_receive(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
+    let guest = BootSector { seed: 93 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.file("kept");
+    let arguments = [&["--touch", "random", "--auto-recover=on"], more].concat();
+    let (mut receiver, uri) = journey.receiving_with(Transport::Tcp, &kept, &arguments)?;
+    source.qmp.enable(capabilities)?;
+    let slow = json!({ "max-bandwidth": 200_000, "max-postcopy-bandwidth": 200_000 });
+    source.qmp.execute("migrate-set-parameters", &slow)?;
+    source.qmp.migrate(&uri)?;
+    source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    for _ in 0..3 {
+        source.wait_status("postcopy-active", MIGRATION_MAX)?;
+        std::thread::sleep(Duration::from_millis(200));
+        source.qmp.execute("migrate-pause", &json!({}))?;
+        source.wait_status("postcopy-paused", MIGRATION_MAX)?;
+        ensure!(receiver.is_running()?, "it gave up: {}", receiver.wait(MIGRATION_MAX)?.complaints);
+        source.qmp.execute("migrate", &json!({ "uri": uri, "resume": true }))?;
+    }
+    source.wait_status("postcopy-active", MIGRATION_MAX)?;
+    unlimited(&mut source)?;
+    source.wait_migrated(MIGRATION_MAX)?;
+    receiver.wait(MIGRATION_MAX)?.succeeded()?;
+    let destination = journey.restore(&kept, peer, Transport::Tcp, &[])?;
+    journey.check_arrived(&source, &destination)
+}
+
+const PLAIN: &[&str] = &["events", "postcopy-ram"];
+const PREEMPT: &[&str] = &["events", "postcopy-ram", "postcopy-preempt"];
+
+fn receive_goes_on(peer: Peer) -> Result<()> {
+    into_receive(peer, PLAIN, &[])
+}
+
+fn receive_goes_on_with_preempt(peer: Peer) -> Result<()> {
+    into_receive(peer, PREEMPT, &["--preempt"])
+}
+
+/// It has been paused: that may be over by now.
+fn wait_paused(destination: &mut Qemu) -> Result<()> {
+    loop {
+        let event = destination.qmp.wait_event("MIGRATION", MIGRATION_MAX)?;
+        if event.data["status"] == "postcopy-paused" {
+            return Ok(());
+        }
+    }
+}
+
+/// A whimbrel's postcopy to a QEMU, paused by the QEMU: at first the way that it came is gone, and the
+/// QEMU is told to wait elsewhere; the second time it still listens there, and need not be told.
+fn out_of_restore(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> {
+    let guest = BootSector { seed: 94 };
+    let journey = Journey::new(peer.machine(), &guest)?;
+    let mut source = journey.boot(peer)?;
+    let kept = journey.keep(&mut source, Transport::Tcp, &[])?;
+    // A guest that ran would ask for all of its pages within a second.
+    let mut destination = journey.incoming_stopped(peer)?;
+    let uri = journey.listen(&mut destination, Transport::Unix, capabilities)?;
+    let elsewhere = format!("tcp:127.0.0.1:{}", free_port()?);
+    let recover_uri = format!("--recover-uri={elsewhere}");
+    let kept = kept.to_str().context("a path in UTF-8")?;
+    let restore = ["restore", kept, &uri, "--postcopy", "--bandwidth=400k", "--auto-recover=on"];
+    let more = [&[recover_uri.as_str()], more].concat();
+    let mut restore = journey.start_whimbrel(&[&restore[..], &more].concat())?;
+    destination.wait_status("postcopy-active", MIGRATION_MAX)?;
+    fs::remove_file(uri.trim_start_matches("unix:"))?;
+    for told in [true, false] {
+        std::thread::sleep(Duration::from_millis(300));
+        destination.qmp.execute("migrate-pause", &json!({}))?;
+        wait_paused(&mut destination)?;
+        if told {
+            std::thread::sleep(Duration::from_millis(300));
+            destination.wait_status("postcopy-paused", MIGRATION_MAX)?;
+            destination.qmp.execute("migrate-recover", &json!({ "uri": elsewhere }))?;
+        }
+        destination.wait_status("postcopy-active", MIGRATION_MAX)?;
+        ensure!(restore.is_running()?, "it gave up: {}", restore.wait(MIGRATION_MAX)?.complaints);
+    }
+    restore.wait(MIGRATION_MAX)?.succeeded()?;
+    destination.wait_migrated(MIGRATION_MAX)?;
+    destination.qmp.execute("cont", &json!({}))?;
+    journey.check_arrived(&source, &destination)
+}
+
+fn restore_goes_on(peer: Peer) -> Result<()> {
+    out_of_restore(peer, PLAIN, &[])
+}
+
+fn restore_goes_on_with_preempt(peer: Peer) -> Result<()> {
+    out_of_restore(peer, PREEMPT, &["--preempt"])
+}
+
 on_each_peer!(
+    receive_goes_on,
+    receive_goes_on_with_preempt,
+    restore_goes_on,
+    restore_goes_on_with_preempt,
     migrate_recovers_two_qemus,
     migrate_recovers_two_qemus_with_preempt,
     migrate_leaves_two_qemus_alone,

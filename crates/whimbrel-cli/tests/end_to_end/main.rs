@@ -1,6 +1,8 @@
 //! The command, from outside: processes, QMP, exit statuses and what they leave behind.
 
 mod bad_input;
+mod broken_link;
+mod by_hand;
 mod cancel;
 mod demo;
 mod kept;
@@ -9,6 +11,7 @@ mod postcopy;
 mod process;
 mod qmp;
 mod recovery;
+mod rescue;
 mod security;
 mod stalled;
 mod stream;

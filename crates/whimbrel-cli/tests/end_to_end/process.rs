@@ -215,14 +215,23 @@ impl VmProcess {
         VmProcess::inheriting("", options)
     }
 
+    /// Starts a VM by `command`, such as one that goes elsewhere first.
+    pub(crate) fn within(command: &[String], options: &[&str]) -> VmProcess {
+        VmProcess::started_by(command, "", options)
+    }
+
     /// Starts a VM with what `redirection`, in the shell's words, lets it inherit.
     pub(crate) fn inheriting(redirection: &str, options: &[&str]) -> VmProcess {
+        VmProcess::started_by(&[], redirection, options)
+    }
+
+    fn started_by(before: &[String], redirection: &str, options: &[&str]) -> VmProcess {
         let socket = folder();
         let path = socket.path().join("qmp");
         let qmp = format!("--qmp=unix:{}", path.display());
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(format!("exec \"$@\" {redirection}")).arg("sh");
-        command.args([WHIMBREL, "vm", "--serial=none", &qmp]).args(options);
+        command.args(before).args([WHIMBREL, "vm", "--serial=none", &qmp]).args(options);
         let process = Running::beside(command);
         let qmp = connect(&path, &process);
         VmProcess { process, qmp, _socket: socket }

@@ -11,6 +11,7 @@
 
 mod discard;
 mod fault;
+mod lose;
 mod mapping;
 mod place;
 mod region;

@@ -39,33 +39,41 @@ impl AbsentRam {
     }
 
     /// Gives up whole units for lost: who touches them is killed (SIGBUS; a vCPU sees a machine
-    /// check where its VMM passes it on). Those that are there stay. They do not count as received.
+    /// check where its VMM passes it on), and stays so when the watch has ended. Those that are there
+    /// stay. They count as received: nothing comes for them any more. Gives how many target pages
+    /// were given up.
     ///
     /// # Errors
-    /// As for `place`, and before Linux 6.6, which cannot.
-    pub fn poison(&self, block: BlockIndex, offset: u64, len: u64) -> io::Result<()> {
-        if self.features & crate::uffd::feature::POISON == 0 {
-            let text = "this kernel cannot poison pages that are missing (Linux 6.6 or later can)";
-            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
-        }
+    /// As for `place`; before Linux 6.6, which cannot; and in a block that is
+    /// [split](crate::Split::Small), whose huge pages could not be made whole again.
+    pub fn poison(&self, block: BlockIndex, offset: u64, len: u64) -> io::Result<u64> {
+        let named = |error| named(self.ram.block(block), "give up", &error);
         let region = &self.regions[block.index()];
-        let units = region.units(offset, len)?;
-        let unit = region.unit.bytes() as u64;
-        let mut from = units.start;
+        let unsupported = |text| named(io::Error::new(io::ErrorKind::Unsupported, text));
+        if self.features & crate::uffd::feature::POISON == 0 {
+            let text = "this kernel cannot poison them (Linux 6.6 or later can)";
+            return Err(unsupported(text));
+        }
+        if region.huge.is_some() {
+            return Err(unsupported("they are pieces of huge pages"));
+        }
+        let units = region.units(offset, len).map_err(named)?;
+        let (unit, each) = (region.unit.bytes() as u64, region.unit.target_pages());
+        let (mut from, mut lost) = (units.start, 0);
         while let Some(run) = region.taken.claim_first(from..units.end) {
             from = run.end;
             let mut at = run.start * unit;
             while at < run.end * unit {
-                match self.uffd.poison(region.at(at, run.end * unit - at)) {
-                    (done, Ok(())) => at += done,
-                    (_, Err(error)) => {
-                        region.taken.clear(at / unit..run.end);
-                        return Err(named(self.ram.block(block), "poison", &error));
-                    }
+                let (done, result) = self.uffd.poison(region.at(at, run.end * unit - at));
+                lost += self.received.set_all(block, at / unit * each..(at + done) / unit * each);
+                at += done;
+                if let Err(error) = result {
+                    region.taken.clear(at / unit..run.end);
+                    return Err(named(error));
                 }
             }
         }
-        Ok(())
+        Ok(lost)
     }
 
     fn put(&self, index: BlockIndex, at: u64, len: u64, content: Content<'_>) -> io::Result<u64> {

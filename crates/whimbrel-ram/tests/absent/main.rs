@@ -4,6 +4,7 @@
 mod huge;
 #[cfg(feature = "kvm")]
 mod kvm;
+mod lost;
 mod memory;
 mod reserve;
 mod source;

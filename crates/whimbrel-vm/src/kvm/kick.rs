@@ -1,11 +1,9 @@
 //! Getting a vCPU out of the guest from another thread.
 #![expect(unsafe_code, reason = "writes a flag that the kernel reads, in memory a vCPU shares")]
 
-use std::sync::Once;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_ioctls::VcpuFd;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 /// The `immediate_exit` flag of one vCPU: while it is set, `KVM_RUN` comes back at once. It is
 /// set before the signal is sent, so that the signal is never lost between two runs.
@@ -36,15 +34,4 @@ impl Kick {
     pub(crate) fn clear(&self) {
         self.flag().store(0, Ordering::SeqCst);
     }
-}
-
-/// The signal that ends a run, with a handler that does nothing.
-pub(crate) fn signal() -> libc::c_int {
-    static REGISTERED: Once = Once::new();
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    let signal = SIGRTMIN() + 1;
-    REGISTERED.call_once(|| {
-        register_signal_handler(signal, nothing).expect("a real-time signal can be handled");
-    });
-    signal
 }

@@ -16,15 +16,16 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Error as Errno, Kvm, VcpuExit, VcpuFd, VmFd};
 use whimbrel::{DeviceState, VmError};
-use whimbrel_ram::GuestRam;
 use whimbrel_ram::dirty::DirtyLog;
+use whimbrel_ram::{BlockIndex, GuestRam};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::config::{Accel, DirtyKind};
 use crate::error::Error;
 use crate::gate::Gate;
+use crate::guarded;
 use crate::layout::Layout;
-use crate::machine::{LoadMachine, Machine, VCPU};
+use crate::machine::{LoadMachine, Machine, VCPU, machine_check};
 use crate::pace::{Gap, Pace};
 use crate::serial::{self, SerialPort};
 use crate::state::{Fields, Tag, Writer};
@@ -184,6 +185,22 @@ impl KvmMachine {
         }
     }
 
+    /// The memory at an address of the guest's.
+    fn lies_at(&self, address: u64) -> Option<(BlockIndex, u64)> {
+        self.ram.blocks().find_map(|(index, block)| {
+            let offset = address.checked_sub(block.guest_address())?;
+            (offset < block.len()).then_some((index, offset))
+        })
+    }
+
+    /// The memory at an address of this process.
+    fn mapped_at(&self, address: usize) -> Option<(BlockIndex, u64)> {
+        self.ram.blocks().find_map(|(index, block)| {
+            let offset = address.checked_sub(block.host_address().as_ptr().addr())? as u64;
+            (offset < block.len()).then_some((index, offset))
+        })
+    }
+
     fn states(&self) -> Result<Vec<CpuState>, VmError> {
         let get = |(id, gap): (u32, &Gap)| {
             let mut state = CpuState::get(&self.cpu(id).fd, &self.abilities)
@@ -229,6 +246,7 @@ impl Machine for KvmMachine {
         let rate = cpu.layout.workload.rate;
         let mut pace = Pace::start();
         let mut rings = RingWatch::default();
+        guarded::runs_guest();
         kick.clear();
         // Whether the guest's last I/O instruction is only finished by going back in.
         let mut unfinished = false;
@@ -258,7 +276,18 @@ impl Machine for KvmMachine {
                 Ok(VcpuExit::Intr) => {}
                 Ok(VcpuExit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => rings.full(&self.dirty)?,
                 Ok(VcpuExit::Hlt) => gate.sleep(None),
+                // A KVM that does the guest's instruction itself finds no memory there.
+                Ok(VcpuExit::MmioRead(address, _) | VcpuExit::MmioWrite(address, _))
+                    if self.lies_at(address).is_some() =>
+                {
+                    let (block, offset) = self.lies_at(address).expect("as just seen");
+                    return Err(machine_check(&self.ram, block, offset));
+                }
                 Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {
+                    if let Some((block, offset)) = guarded::met().and_then(|at| self.mapped_at(at))
+                    {
+                        return Err(machine_check(&self.ram, block, offset));
+                    }
                     if !gate.recalled() {
                         // A pause that comes right here sets its flag again after the recall,
                         // which is what the loop looks at next.
@@ -275,9 +304,9 @@ impl Machine for KvmMachine {
         }
     }
 
-    fn kick(&self) -> Option<libc::c_int> {
+    fn kick(&self) -> libc::c_int {
         self.kicks.iter().for_each(Kick::set);
-        Some(kick::signal())
+        guarded::signal()
     }
 
     fn devices(&self) -> Vec<(&'static str, u32)> {

@@ -43,6 +43,8 @@ impl Listener {
             }
             let (mut let_in, mut partly) = (None, false);
             for (mut channel, since) in waiting.take_all() {
+                // It may have been taken in by a wait that has ended since.
+                channel.heed(cancel.clone());
                 let judged = match &let_in {
                     None => judge(&mut channel),
                     Some(_) => Judged::NotYet { partly: false },
@@ -81,5 +83,43 @@ impl super::waiting::Waiting {
     fn until_introduced(&self) -> Option<Duration> {
         let oldest: Option<Instant> = self.oldest();
         oldest.map(|since| INTRODUCTION.saturating_sub(since.elapsed()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::address::Address;
+    use crate::worker::Bell;
+
+    /// As a source that is back before its urgent channel was looked for.
+    #[test]
+    fn a_visitor_that_another_wait_took_in_is_heard_when_that_has_ended() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("door");
+        let (session, door) = (Cancel::new().unwrap(), Cancel::new().unwrap());
+        let listener = Listener::bind(&Address::Unix(path.clone()), &door).unwrap();
+        let _urgent = UnixStream::connect(&path).unwrap();
+        let mut back = UnixStream::connect(&path).unwrap();
+        back.write_all(b"!").unwrap();
+        drop(listener.accept("urgent", &session).unwrap());
+        session.set();
+        let mut judge = |channel: &mut Channel| match channel.receive_all_until(
+            &mut [0],
+            Instant::now(),
+            "its first word",
+        ) {
+            Ok(()) => Judged::LetIn(()),
+            Err(reason) => Judged::Refused(reason),
+        };
+        // Whoever is not let in at once is not at all.
+        let now = Bell::new().unwrap();
+        now.ring();
+        let came = listener.next_visitor(&mut judge, &[now.as_fd()], &door).unwrap();
+        assert!(came.is_some(), "{}", listener.last_refusal());
     }
 }

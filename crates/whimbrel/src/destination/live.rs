@@ -15,6 +15,7 @@ use crate::loaders::Loaders;
 use crate::objects::Router;
 use crate::recovery::WayOn;
 use crate::report::{EndsFailed, Report};
+use crate::rescue::{Orders, poison_as_told};
 use crate::settings::{Capabilities, Capability};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::vm::DeviceState;
@@ -35,6 +36,8 @@ pub(crate) struct Job {
     pub(crate) cancel: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     pub(crate) links: Links,
+    /// Rescues.
+    pub(crate) orders: Arc<Orders>,
     /// `migrate-recover`.
     pub(crate) recover: Arc<WayOn<Listener>>,
 }
@@ -129,6 +132,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
                 blocktime: job.capabilities.has(Capability::PostcopyBlocktime),
                 parameters: &|| job.router.parameters(),
                 recover: Some(&job.recover),
+                orders: Some(&job.orders),
                 stands: &|status, reason| job.stands(status, reason),
             };
             job.set_status(MigrationStatus::PostcopyDevice);
@@ -154,13 +158,24 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     Ok(())
 }
 
-/// The guest runs, and the rest of its RAM does not come any more: it goes on until it touches that.
+/// The guest runs, and the rest of its RAM does not come any more: it goes on until it touches that, or
+/// somebody brings it.
 fn pause(job: &Job, error: &Error, absent: AbsentRam) {
     job.report.set_error(error.text_of_pause());
+    let attending = job.orders.attend();
     job.set_status(MigrationStatus::PostcopyPaused);
-    job.links.wait_for_end();
+    if attending.until_whole(job.links.ended(), &absent) {
+        job.report.forget_error();
+        if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
+            job.report.set_error(error.to_string());
+        }
+        return job.set_status(MigrationStatus::Completed);
+    }
     // Pages that never came must not be taken for zeros: whoever touches them waits until the
     // process ends.
+    #[cfg(feature = "fuzzing")]
+    crate::fuzzing::keep(absent);
+    #[cfg(not(feature = "fuzzing"))]
     std::mem::forget(absent);
 }
 
@@ -249,6 +264,8 @@ impl Host for Waiting<'_> {
         let devices: Result<Vec<DeviceState>, Error> = sections.into_iter().map(device).collect();
         let mut devices = devices?;
         self.runs = global_state::take(&mut devices)?;
+        let guest = &self.job.guest;
+        guest.add_lost(poison_as_told(&mut devices, guest.vm().ram())?);
         let loaders = Loaders::of_this_host();
         self.job.guest.vm().load_with(loaders, devices).map_err(Error::vm("loading the devices"))
     }

@@ -37,6 +37,7 @@ use crate::recovery::exchange::Say;
 use crate::recovery::proofs::Proofs;
 use crate::recovery::{self, WayOn};
 use crate::report::Report;
+use crate::rescue::Orders;
 use crate::settings::Parameters;
 use crate::worker::{Cancel, Links, Role, Woken, scoped};
 
@@ -64,6 +65,8 @@ pub(crate) struct Terms<'a> {
     pub(crate) recover: Option<&'a WayOn<Listener>>,
     /// Is told how the migration stands.
     pub(crate) stands: &'a Stands<'a>,
+    /// Rescues, while the migration is paused.
+    pub(crate) orders: Option<&'a Orders>,
 }
 
 /// The stream up to the package.
@@ -287,6 +290,9 @@ fn receive(
         shared.outbox.push(&ReturnMessage::Pong(PONG_PACKAGE))?;
     }
     let quiet = quiet(identity.as_ref(), &(terms.parameters)());
+    if let Some(identity) = &identity {
+        terms.report.is_of(identity.id);
+    }
     let proofs = identity.map(Proofs::of);
     let door = Door::new(
         listener.clone(),

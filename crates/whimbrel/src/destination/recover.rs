@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::recovery::ANSWER;
 use crate::recovery::exchange::DestinationExchange;
 use crate::recovery::proofs::{Attempt, Proofs, Ticket, random};
+use crate::rescue::Orders;
 use crate::status::MigrationStatus;
 use crate::worker::Cancel;
 
@@ -42,7 +43,7 @@ pub(super) struct ComingBack<'a> {
 
 impl ComingBack<'_> {
     /// Waits for the source, and takes in what it sends, until every page is there or the link
-    /// breaks again. An error besides that of a broken link is that nobody comes back any more.
+    /// breaks again; or for a rescue to bring every page: then it gives the error there was. An error besides that of a broken link is that nobody comes back any more.
     pub(super) fn run(
         &mut self,
         input: &mut Input,
@@ -52,35 +53,59 @@ impl ComingBack<'_> {
         input.channel().hang_up();
         self.shared.outbox.disconnect();
         self.arriving.forget_begun();
-        // First: as soon as it is told that it is paused, it may be told where to wait.
+        // Only a guest that is here can be rescued.
+        let orders = self.terms.orders.filter(|_| self.shared.run.is_set());
+        // First: as soon as it is told that it is paused, it may be told where to wait, or rescued.
+        let attending = orders.map(Orders::attend);
         self.door.is_paused();
         (self.terms.stands)(MigrationStatus::PostcopyPaused, Some(&error));
-        let Some((channel, visitor)) = self.wait() else { return Err(error) };
+        let (channel, visitor) = match self.wait(orders) {
+            Came::Source(source) => *source,
+            Came::Rescue => {
+                (self.terms.stands)(MigrationStatus::PostcopyActive, None);
+                return Ok(Err(error));
+            }
+            Came::Nobody => return Err(error),
+        };
+        drop(attending);
         let links = self.terms.links.renew().map_err(Error::system("making an eventfd"))?;
         Ok(self.go_on(input, channel, visitor, &links))
     }
 
-    /// Who comes back.
-    fn wait(&self) -> Option<(Channel, Visitor)> {
+    /// Who comes back. Rescues that are ordered meanwhile are done.
+    fn wait(&self, orders: Option<&Orders>) -> Came {
         let (ended, since) = (self.terms.links.ended(), Instant::now());
         loop {
             if ended.is_set() || self.shared.is_fatal() {
-                return None;
+                return Came::Nobody;
             }
             if let Some(visitor) = self.door.visitor() {
-                return Some(visitor);
+                return Came::Source(Box::new(visitor));
+            }
+            if let Some(orders) = orders {
+                orders.obey(self.arriving.absent);
+                if self.arriving.is_complete() {
+                    return Came::Rescue;
+                }
             }
             let limit = match (self.terms.recover, (self.terms.parameters)().recover_time_limit) {
                 (Some(_), _) | (None, 0) => LOOK,
                 (None, seconds) => {
-                    Duration::from_secs(seconds).checked_sub(since.elapsed())?.min(LOOK)
+                    match Duration::from_secs(seconds).checked_sub(since.elapsed()) {
+                        Some(left) => left.min(LOOK),
+                        None => return Came::Nobody,
+                    }
                 }
             };
             if self.terms.recover.is_none() && !self.door.is_automatic() {
-                return None; // Nobody is left to say how to go on.
+                return Came::Nobody; // Nobody is left to say how to go on.
             }
+            let back = self.door.back().as_fd();
             // Without descriptors to wait on there is nothing to be done but to look again.
-            let _ = ended.wait_any(&[self.door.back().as_fd()], limit);
+            let _ = match orders {
+                Some(orders) => ended.wait_any(&[back, orders.as_fd()], limit),
+                None => ended.wait_any(&[back], limit),
+            };
         }
     }
 
@@ -163,6 +188,16 @@ impl ComingBack<'_> {
         }
         Ok(())
     }
+}
+
+/// What ends a pause.
+enum Came {
+    /// The source is back.
+    Source(Box<(Channel, Visitor)>),
+    /// Every page is there.
+    Rescue,
+    /// Nobody comes back any more.
+    Nobody,
 }
 
 /// How often it is looked whether anybody is still waited for.

@@ -28,6 +28,10 @@ use crate::worker::{Cancel, Role, Woken, scoped};
 /// How long nothing may arrive, when the source has sent everything and pages are still missing.
 const SILENCE: Duration = Duration::from_secs(30);
 
+/// How long RUN may take behind a package that has come: the source waits meanwhile for its devices
+/// to be loaded.
+const LOADING: Duration = Duration::from_secs(10);
+
 /// How long RUN, which may be on its way, is waited for when another channel has failed.
 const RUN_MAY_COME: Duration = Duration::from_secs(1);
 
@@ -143,7 +147,7 @@ impl<'s> Session<'s> {
                     let role = Role::DestinationReceive(number);
                     self.beside(scope, role, body).map_err(spawning())?;
                 }
-                take_run(input, &self.ends)?;
+                take_run(input, &self.ends, self.quiet)?;
                 self.shared.run.set();
                 if self.ends.stop.is_set() {
                     return Err(Error::Cancelled); // Somebody has told why.
@@ -206,16 +210,18 @@ impl<'s> Session<'s> {
 }
 
 /// The last command of the package: from here on the guest is ours.
-fn take_run(input: &mut Input, ends: &Ends) -> Result<(), Error> {
+fn take_run(input: &mut Input, ends: &Ends, quiet: Option<Duration>) -> Result<(), Error> {
     let (at, links) = (input.decoder().offset(), &ends.links);
     let mut until: Option<Instant> = None;
     // The end of the stream is told below.
     input.hold(RUN, |main| {
         if until.is_none() {
-            let woken = links.wait_any(&[main, ends.stop.as_fd()], Duration::MAX);
-            let woken = woken.map_err(Error::system("waiting for RUN"))?;
-            if woken == Woken::Cancelled {
-                return Err(Error::Cancelled);
+            let limit = quiet.map_or(Duration::MAX, |quiet| quiet.max(LOADING));
+            let woken = links.wait_any(&[main, ends.stop.as_fd()], limit);
+            match woken.map_err(Error::system("waiting for RUN"))? {
+                Woken::Cancelled => return Err(Error::Cancelled),
+                Woken::TimedOut => return Err(Error::Silent { channel: "main", limit }),
+                Woken::Ready => {}
             }
             if !ends.stop.is_set() {
                 return Ok(());

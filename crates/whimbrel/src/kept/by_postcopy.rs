@@ -9,6 +9,7 @@ use super::supply::Supply;
 use super::{KeptVm, machine};
 use crate::address::Address;
 use crate::error::Error;
+use crate::rescue::LOST_PAGES;
 use crate::settings::{AutoRecover, Parameters};
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
 use crate::source::recover::Ways;
@@ -79,6 +80,13 @@ pub(super) fn send(
     restoring: &Restoring,
 ) -> Result<(), Failed> {
     let report = &*restoring.progress.0;
+    let mut sections = vm.devices.sections.iter();
+    if sections.any(|section| section.header.name == *LOST_PAGES) {
+        return Err(Failed::Before(Error::Refused(
+            "pages of this VM's RAM are lost, and can be given up at its destination by precopy only"
+                .into(),
+        )));
+    }
     let ends_with_mark = machine::is_up_to((7, 2), &vm.machine());
     let route = restoring.route(address).map_err(Failed::Before)?;
     let other = match &how.other_address {

@@ -144,7 +144,7 @@ fn explain(error: io::Error) -> io::Error {
 }
 
 /// Runs of pages, from a test of each: those that pass and follow each other, `most` at most.
-pub(super) fn runs(
+pub(crate) fn runs(
     pages: std::ops::Range<u64>,
     most: u64,
     mut is_in: impl FnMut(u64) -> bool,
@@ -161,7 +161,7 @@ pub(super) fn runs(
 }
 
 /// So many pages, in bytes.
-pub(super) fn bytes(pages: u64) -> u64 {
+pub(crate) fn bytes(pages: u64) -> u64 {
     pages * TARGET_PAGE.bytes() as u64
 }
 

@@ -14,6 +14,7 @@ use super::writing::Writing;
 use super::{Access, KeptSummary};
 use crate::destination::incoming::{Devices, Host};
 use crate::error::Error;
+use crate::rescue::{Missing, Side, write_part};
 use crate::source::setup::name;
 use crate::worker::{Cancel, Worker};
 
@@ -73,6 +74,29 @@ impl Keeper {
             Some(devices) => self.write(devices, true),
             None => Ok(()),
         }
+    }
+
+    /// The guest came first, and nothing more comes: keeps what is not `missing` as a part, beside the
+    /// file that was asked for; gives its name.
+    pub(super) fn keep_part(
+        &mut self,
+        missing: &Missing,
+        migration: Option<[u8; 16]>,
+    ) -> Result<PathBuf, Error> {
+        self.toucher = None;
+        self.writing = None;
+        let configuration = self.kept_configuration()?;
+        let (Some(ram), Some(devices)) = (&self.ram, self.ahead.take()) else {
+            return Err(Error::Refused("its devices have not come".into()));
+        };
+        let mut name = self.path.as_os_str().to_owned();
+        name.push(".part");
+        let path = PathBuf::from(name);
+        let writing = Writing::begin(&path, &configuration, ram, self.access, &self.cancel)?;
+        let (early, tail, _) = encode(devices);
+        let stream = (&configuration, &early[..], &tail[..]);
+        write_part(writing, ram, stream, Side::Destination, migration, missing)?;
+        Ok(path)
     }
 
     /// The source has given its guest away: the file gets its name.
@@ -195,9 +219,7 @@ fn encode(devices: Devices) -> (Vec<u8>, Vec<u8>, usize) {
     let (mut before, mut tail) = (Vec::new(), Vec::new());
     match devices {
         Devices::Own(sections) => {
-            sections.iter().for_each(|section: &DeviceSection| section.encode(&mut tail));
-            encode_eof(&mut tail);
-            encode_vm_description(&describe(4096, &sections), &mut tail);
+            encode_own(&sections, &mut tail);
             (before, tail, sections.len())
         }
         Devices::Qemu { early, mut state } => {
@@ -210,6 +232,13 @@ fn encode(devices: Devices) -> (Vec<u8>, Vec<u8>, usize) {
             (before, tail, early.len() + state.sections.len())
         }
     }
+}
+
+/// Sections of our own kind, with the end of the stream.
+pub(crate) fn encode_own(sections: &[DeviceSection], tail: &mut Vec<u8>) {
+    sections.iter().for_each(|section| section.encode(tail));
+    encode_eof(tail);
+    encode_vm_description(&describe(4096, sections), tail);
 }
 
 /// Refuses what cannot be held: the guest's RAM is in memory until it is on the disk.

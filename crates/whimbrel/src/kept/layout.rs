@@ -10,14 +10,14 @@ use crate::source::setup::{RAM_SECTION, block_list, name, ram_section};
 
 /// A piece of the stream between the pages, and its place in the file.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Words {
-    pub(super) at: u64,
-    pub(super) bytes: Vec<u8>,
+pub(crate) struct Words {
+    pub(crate) at: u64,
+    pub(crate) bytes: Vec<u8>,
 }
 
 /// The places of a guest's blocks.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// What precedes each block's bitmap.
     words: Vec<Words>,
     headers: Vec<MappedRamHeader>,
@@ -27,7 +27,7 @@ pub(super) struct Layout {
 
 impl Layout {
     /// For a guest with these blocks. `early` are encoded sections that come before RAM.
-    pub(super) fn plan(
+    pub(crate) fn plan(
         configuration: &Configuration,
         early: &[u8],
         ram: &GuestRam,
@@ -56,12 +56,12 @@ impl Layout {
         Ok(layout)
     }
 
-    pub(super) fn header(&self, block: BlockIndex) -> &MappedRamHeader {
+    pub(crate) fn header(&self, block: BlockIndex) -> &MappedRamHeader {
         &self.headers[block.index()]
     }
 
     /// Whether the pages are where the other one has them.
-    pub(super) fn has_pages_of(&self, other: &Layout) -> bool {
+    pub(crate) fn has_pages_of(&self, other: &Layout) -> bool {
         let places = |layout: &Layout| -> Vec<u64> {
             layout.headers.iter().map(|header| header.pages_offset).collect()
         };
@@ -69,7 +69,7 @@ impl Layout {
     }
 
     /// The stream around the pages; `devices` are encoded sections with the end of it.
-    pub(super) fn into_words(mut self, devices: &[u8]) -> Vec<Words> {
+    pub(crate) fn into_words(mut self, devices: &[u8]) -> Vec<Words> {
         let mut bytes = Vec::new();
         encode_end_of_section(&mut bytes);
         RAM_SECTION.encode_footer(&mut bytes);

@@ -4,9 +4,9 @@
 //! of 9.0 or later starts from it by itself.
 
 mod by_postcopy;
-mod disk;
-mod keeper;
-mod layout;
+pub(crate) mod disk;
+pub(crate) mod keeper;
+pub(crate) mod layout;
 mod machine;
 mod on_channels;
 mod open;
@@ -16,7 +16,7 @@ mod round_trip;
 mod supply;
 mod touch;
 mod writers;
-mod writing;
+pub(crate) mod writing;
 
 use std::num::NonZeroU8;
 use std::path::Path;
@@ -39,6 +39,7 @@ use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
 use crate::recovery;
 use crate::report::{Report, Side};
+use crate::rescue::Missing;
 use crate::settings::{AutoRecover, Parameters};
 use crate::status::{FaultStats, MigrationInfo, MigrationStatus, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
@@ -210,7 +211,9 @@ impl Receiver {
     }
 
     /// Waits for the source, takes everything in, and writes it to `path` before the source is
-    /// told that it has arrived. On any error the source keeps its guest, and `path` is untouched.
+    /// told that it has arrived. On any error `path` is untouched and the source keeps its guest, unless
+    /// it had given it away: then what has come is kept as a [part](crate::rescue), with `.part`
+    /// behind its name.
     pub fn receive(self, path: &Path) -> Result<KeptSummary, Error> {
         let report = Report::new(Side::Destination);
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
@@ -233,6 +236,7 @@ impl Receiver {
                         blocktime: false,
                         parameters: &|| parameters.clone(),
                         recover: None,
+                        orders: None,
                         stands: &|status, reason| stands(&report, status, reason),
                     };
                     back = take_rest(&mut incoming, &mut keeper, package, (listener, &terms))?;
@@ -267,17 +271,26 @@ fn take_rest(
     terms: (Arc<Listener>, &Terms<'_>),
 ) -> Result<Option<Arc<Listener>>, Error> {
     keeper.pause()?;
+    let report = terms.1.report;
     match incoming.receive_rest(package, keeper, terms) {
         Ok(listener) => keeper.complete().map(|()| listener),
         Err(Failed::Before(error)) => Err(error),
         Err(Failed::After(error, absent)) => {
-            let received = absent.received();
-            let missing = received.missing();
+            let missing = Missing::of(absent.received(), absent.ram());
+            let pages = missing.count();
             // Whoever touches its pages is woken: before its thread is waited for.
             drop(absent);
+            let what = match keeper.keep_part(&missing, report.migration()) {
+                Ok(part) => format!(
+                    "what has come is kept in {}: 'whimbrel rescue join' makes it whole with what the \
+                     source has left",
+                    part.display()
+                ),
+                Err(error) => format!("nothing was kept: {error}"),
+            };
             Err(Error::Refused(format!(
-                "{error}; the source has given its guest away, and {missing} pages of it have \
-                 not come: nothing was kept"
+                "{error}; the source has given its guest away, and {pages} pages of it have not come: \
+                 {what}"
             )))
         }
     }

@@ -2,18 +2,20 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use whimbrel_ram::dirty::DirtyBits;
 use whimbrel_ram::{GuestRam, RamBlock, TargetPage};
 use whimbrel_wire::{
-    BlockInfo, BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
-    MainOptions, MappedRamHeader, RamRecord, page_bitmap as bitmap,
+    BlockInfo, BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, FileHeader,
+    MainDecoder, MainOptions, MappedRamHeader, RamRecord, page_bitmap as bitmap,
 };
 
 use super::writing::kept_error;
 use crate::error::Error;
+use crate::rescue::part;
 
 /// How much is read at once where no pages are.
 const CHUNK: usize = 64 << 10;
@@ -22,12 +24,12 @@ const CHUNK: usize = 64 << 10;
 #[derive(Debug)]
 pub struct KeptVm {
     pub(super) path: PathBuf,
-    pub(super) configuration: Configuration,
-    pub(super) early: Vec<DeviceSection>,
+    pub(crate) configuration: Configuration,
+    pub(crate) early: Vec<DeviceSection>,
     pub(super) ram: GuestRam,
     /// One bitmap a block: pages that are not zero.
     pub(super) present: Arc<[Vec<u8>]>,
-    pub(super) devices: DeviceState,
+    pub(crate) devices: DeviceState,
 }
 
 impl KeptVm {
@@ -35,7 +37,21 @@ impl KeptVm {
     pub fn open(path: &Path) -> Result<KeptVm, Error> {
         let file =
             File::open(path).map_err(|error| kept_error(path, "cannot be opened", &error))?;
+        let mut magic = [0; 4];
+        if file.read_exact_at(&mut magic, 0).is_ok() && magic == part::MAGIC {
+            let reason = "it is only a part of a VM, of which pages are missing: 'whimbrel rescue \
+                          join' makes a whole one of two parts";
+            return Err(Error::Kept { path: path.into(), reason: reason.into() });
+        }
         Opening::new(path, file)?.read()
+    }
+
+    /// Opens a part of a VM, the stream of which ends at byte `end` of its file.
+    pub(crate) fn open_part(path: &Path, file: File, end: u64) -> Result<KeptVm, Error> {
+        let mut opening = Opening::new(path, file)?;
+        opening.file_len = end;
+        opening.is_part = true;
+        opening.read()
     }
 
     /// The machine type's full name.
@@ -86,7 +102,10 @@ impl KeptVm {
 struct Opening<'p> {
     path: &'p Path,
     file: File,
+    /// The file ends here, or what is in it that is a kept VM.
     file_len: u64,
+    /// It begins with another magic than a kept VM.
+    is_part: bool,
     decoder: MainDecoder,
     buffer: Vec<u8>,
     configuration: Option<Configuration>,
@@ -102,6 +121,7 @@ impl<'p> Opening<'p> {
             path,
             file,
             file_len: metadata.len(),
+            is_part: false,
             decoder: MainDecoder::new(MainOptions::default()),
             buffer: Vec::new(),
             configuration: None,
@@ -151,10 +171,19 @@ impl<'p> Opening<'p> {
 
     fn fill(&mut self) -> Result<usize, Error> {
         let mut chunk = [0; CHUNK];
-        let bytes = self
-            .file
-            .read(&mut chunk)
-            .map_err(|error| kept_error(self.path, "cannot be read", &error))?;
+        let mut read = || {
+            let at = self.file.stream_position()?;
+            let most = self.file_len.saturating_sub(at).min(CHUNK as u64);
+            let bytes = self.file.read(&mut chunk[..usize::try_from(most).expect("a chunk")])?;
+            Ok((at, bytes))
+        };
+        let (at, bytes) =
+            read().map_err(|error| kept_error(self.path, "cannot be read", &error))?;
+        if self.is_part && at == 0 && bytes >= part::MAGIC.len() {
+            let mut header = Vec::new();
+            FileHeader.encode(&mut header);
+            chunk[..part::MAGIC.len()].copy_from_slice(&header[..part::MAGIC.len()]);
+        }
         self.buffer.extend_from_slice(&chunk[..bytes]);
         Ok(bytes)
     }

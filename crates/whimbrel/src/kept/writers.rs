@@ -159,13 +159,13 @@ impl Writers {
         Changes { shared: self.shared.clone() }
     }
 
-    /// Nothing arrives any more: has everything written that has not been. Where nobody told of
-    /// pages, or not of those of a postcopy, that is all of them. Not to be cancelled when the
+    /// Nothing arrives any more: has everything written that has not been. Where nobody has asked to
+    /// tell of pages, that is all of them. Not to be cancelled when the
     /// guest is nowhere else any more (`last_copy`), which is the end of a postcopy.
     pub(super) fn finish(&mut self, last_copy: bool) -> Result<(), Failed> {
         let shared = &self.shared;
         shared.last_copy.store(last_copy, Ordering::Relaxed);
-        let told = shared.told.load(Ordering::Relaxed) && !last_copy;
+        let told = shared.told.load(Ordering::Relaxed);
         for (place, chunk) in shared.chunks.iter().enumerate() {
             if !told {
                 chunk.mark_all();

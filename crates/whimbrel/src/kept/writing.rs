@@ -18,7 +18,7 @@ use crate::worker::Cancel;
 
 /// A file being written. Dropped before [`keep`](Writing::keep), it goes.
 #[derive(Debug)]
-pub(super) struct Writing {
+pub(crate) struct Writing {
     /// What RAM is written by; ends before the file does.
     writers: Writers,
     file: Partial,
@@ -27,11 +27,13 @@ pub(super) struct Writing {
     cancel: Cancel,
     /// Where RAM is in the file.
     layout: Layout,
+    /// Where the stream ends, when everything has been written.
+    end: u64,
 }
 
 impl Writing {
     /// Begins the file that is to become `path`, for a guest with RAM of its own that is all zero.
-    pub(super) fn begin(
+    pub(crate) fn begin(
         path: &Path,
         configuration: &Configuration,
         ram: &GuestRam,
@@ -42,12 +44,12 @@ impl Writing {
         let layout = Layout::plan(configuration, &[], ram)?;
         let writers = Writers::start(ram.clone(), &layout, file.disk(access)?, access, cancel)?;
         let (ram, cancel) = (ram.clone(), cancel.clone());
-        Ok(Writing { writers, file, ram, access, cancel, layout })
+        Ok(Writing { writers, file, ram, access, cancel, layout, end: 0 })
     }
 
     /// What is to be told of every page that is placed in RAM from now on, whatever road it comes
     /// by, other than by postcopy: so it is written while the rest arrives.
-    pub(super) fn changes(&self) -> Changes {
+    pub(crate) fn changes(&self) -> Changes {
         self.writers.changes()
     }
 
@@ -67,7 +69,7 @@ impl Writing {
     /// Writes everything that has not been written, and has it reach the disk; gives how many
     /// pages are not zero. `early` and `devices` are encoded sections, `devices` with the end of
     /// the stream. Not to be cancelled when the guest is nowhere else any more (`last_copy`).
-    pub(super) fn finish(
+    pub(crate) fn finish(
         &mut self,
         configuration: &Configuration,
         early: &[u8],
@@ -89,10 +91,23 @@ impl Writing {
         }
         for words in layout.into_words(devices) {
             self.write(words.at, &words.bytes)?;
+            self.end = words.at + words.bytes.len() as u64;
         }
         // "Loaded" is what the source hears next: so it is on the disk.
         self.file.error_of(self.file.file.sync_all())?;
         Ok(stored)
+    }
+
+    /// What has been written is only a part of a VM: so it begins with `magic`, with which nobody
+    /// starts from it, and ends in what `record` gives for the place it begins at.
+    pub(crate) fn mark_as_part(
+        &mut self,
+        magic: [u8; 4],
+        record: impl FnOnce(u64) -> Vec<u8>,
+    ) -> Result<(), Error> {
+        self.write(self.end, &record(self.end))?;
+        self.write(0, &magic)?;
+        self.file.error_of(self.file.file.sync_all())
     }
 
     fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Error> {
@@ -100,22 +115,22 @@ impl Writing {
     }
 
     /// It gets its name.
-    pub(super) fn keep(self) -> Result<(), Error> {
+    pub(crate) fn keep(self) -> Result<(), Error> {
         self.file.keep()
     }
 }
 
 /// A file beside the one asked for. Dropped before it is kept, it goes.
 #[derive(Debug)]
-struct Partial {
-    file: File,
+pub(crate) struct Partial {
+    pub(crate) file: File,
     partial: PathBuf,
     path: PathBuf,
     kept: bool,
 }
 
 impl Partial {
-    fn create(path: &Path) -> Result<Partial, Error> {
+    pub(crate) fn create(path: &Path) -> Result<Partial, Error> {
         let (partial, file) =
             create_partial(path).map_err(|error| kept_error(path, "cannot be created", &error))?;
         Ok(Partial { file, partial, path: path.into(), kept: false })
@@ -127,11 +142,11 @@ impl Partial {
         self.error_of(Disk::new(file, &self.partial, options.write(true), access.direct))
     }
 
-    fn error_of<T>(&self, result: io::Result<T>) -> Result<T, Error> {
+    pub(crate) fn error_of<T>(&self, result: io::Result<T>) -> Result<T, Error> {
         result.map_err(|error| kept_error(&self.path, "cannot be written", &error))
     }
 
-    fn keep(mut self) -> Result<(), Error> {
+    pub(crate) fn keep(mut self) -> Result<(), Error> {
         self.error_of(std::fs::rename(&self.partial, &self.path))?;
         self.kept = true;
         // Its content is on the disk; that its name is, too, not every file system can promise.
@@ -152,6 +167,6 @@ impl Drop for Partial {
     }
 }
 
-pub(super) fn kept_error(path: &Path, what: &str, error: &io::Error) -> Error {
+pub(crate) fn kept_error(path: &Path, what: &str, error: &io::Error) -> Error {
     Error::Kept { path: path.into(), reason: format!("{what}: {error}") }
 }

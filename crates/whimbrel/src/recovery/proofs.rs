@@ -5,6 +5,8 @@
 //! number of its own and, from the second message on, one of the other side's. So a recorded
 //! recovery opens nothing, neither here nor for another try.
 
+use std::sync::Arc;
+
 use aws_lc_rs::{hmac, rand};
 use whimbrel_wire::recovery::{Hello, HelloKind, Identity, NONCE_LEN, PROOF_LEN, Proof, Welcome};
 
@@ -27,7 +29,7 @@ pub(crate) struct Attempt {
 #[derive(Clone, Debug)]
 pub(crate) struct Proofs {
     identity: Identity,
-    key: hmac::Key,
+    key: Arc<hmac::Key>,
 }
 
 /// Bytes that nobody can guess.
@@ -45,7 +47,7 @@ pub(crate) fn new_identity(beat_ms: u32) -> Result<Identity, Error> {
 
 impl Proofs {
     pub(crate) fn of(identity: Identity) -> Proofs {
-        let key = hmac::Key::new(hmac::HMAC_SHA256, &identity.secret);
+        let key = Arc::new(hmac::Key::new(hmac::HMAC_SHA256, &identity.secret));
         Proofs { identity, key }
     }
 

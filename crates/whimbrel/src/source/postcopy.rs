@@ -197,6 +197,7 @@ impl<'a> Postcopy<'a> {
                 let beat = recovery::beat(&(self.parameters)()).unwrap_or_default();
                 let beat_ms = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
                 let identity = proofs::new_identity(beat_ms)?;
+                self.report.is_of(identity.id);
                 Command::Identity(identity).encode(stream.out.words());
                 Some(Proofs::of(identity))
             }
@@ -214,6 +215,7 @@ impl<'a> Postcopy<'a> {
             preempt: urgent.is_some(),
             urgent_first: self.urgent_ends_with_mark,
             attempts: 0,
+            last: None,
         })
     }
 

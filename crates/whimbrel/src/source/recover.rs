@@ -52,6 +52,8 @@ pub(super) struct Recover<'a> {
     /// A QEMU up to 7.2 has it connected before it says anything.
     pub(super) urgent_first: bool,
     pub(super) attempts: u32,
+    /// The last outage, and when it was over.
+    pub(super) last: Option<(Outage, Instant)>,
 }
 
 /// New connections to the same destination.
@@ -72,12 +74,17 @@ impl Recover<'_> {
         map: &PageMap,
         stands: &mut dyn HandOver,
     ) -> Result<Option<Recovered>, Error> {
-        let mut outage = Outage::begin(self.limit());
+        // Connections that broke at once were none: what lets a recovery through and then breaks
+        // it is not tried without a pause.
+        let again = self.last.take().filter(|(_, over)| over.elapsed() < AT_ONCE);
+        let mut outage = again.map_or_else(|| Outage::begin(self.limit()), |(outage, _)| outage);
         loop {
             let Some((channel, route)) = self.find(&mut outage, stands)? else { return Ok(None) };
-            stands.stands(MigrationStatus::PostcopyRecoverSetup);
             match self.meet(channel, route, map, stands) {
-                Ok(recovered) => return Ok(Some(recovered)),
+                Ok(recovered) => {
+                    self.last = Some((outage, Instant::now()));
+                    return Ok(Some(recovered));
+                }
                 Err(error) => {
                     self.links.break_now();
                     stands.paused(&error);
@@ -208,6 +215,9 @@ impl Recover<'_> {
             )));
         };
         channel.send_bytes(&words)?;
+        // Not before it is known that somebody is there: what answers and breaks again and again is
+        // nothing to tell of.
+        stands.stands(MigrationStatus::PostcopyRecoverSetup);
         stands.stands(MigrationStatus::PostcopyRecover);
         let ticket = Ticket::new(proofs, attempt);
         let urgent = urgent
@@ -224,6 +234,7 @@ impl Recover<'_> {
         map: &PageMap,
         stands: &mut dyn HandOver,
     ) -> Result<Recovered, Error> {
+        stands.stands(MigrationStatus::PostcopyRecoverSetup);
         let mut stream = self.stream(channel);
         let early = if self.urgent_first { self.urgent(&route)? } else { None };
         let (mut exchange, words) = SourceExchange::with_qemu(self.ram)?;
@@ -291,11 +302,14 @@ impl Recover<'_> {
 /// How often attempts are looked at that nobody else follows.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// Connections that have lasted longer have been some.
+const AT_ONCE: Duration = Duration::from_secs(1);
+
 /// For ever, as far as a migration can tell.
 const FOREVER: Duration = Duration::from_secs(3600);
 
 /// The time since the link broke.
-struct Outage {
+pub(super) struct Outage {
     since: Instant,
     retry: Retry,
     limit: Option<Duration>,

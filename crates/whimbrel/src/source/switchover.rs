@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use rustix::event::PollFlags;
 use whimbrel_ram::{PageMap, TARGET_PAGE};
-use whimbrel_wire::{DeviceSection, SectionHeader, SectionId, encode_end_of_section};
+use whimbrel_wire::{DeviceSection, encode_end_of_section};
 
 use super::multifd::Crew;
 use super::pages::{BATCH_MAX, Pages};
-use super::setup::{RAM_SECTION, Stream, name};
+use super::setup::{RAM_SECTION, Stream};
 use super::undo::Logging;
 use super::{Held, Job};
 use crate::error::Error;
-use crate::global_state;
 use crate::guest::Taken;
+use crate::own_devices;
 use crate::report::{add, set};
 use crate::settings::Capability;
 use crate::status::{MigrationStatus, RunState};
@@ -114,18 +114,5 @@ fn rest_on_channels(
 /// Every device's state, as sections of our own kind.
 pub(super) fn device_sections(job: &Job, held: &Held) -> Result<Vec<DeviceSection>, Error> {
     let runs = matches!(held, Held::Stopped { before: RunState::Running, .. });
-    let devices = job.guest.vm().save().map_err(Error::vm("saving the devices"))?;
-    let all = std::iter::once(global_state::section(runs)).chain(devices);
-    (1..)
-        .zip(all)
-        .map(|(id, device)| {
-            let header = SectionHeader {
-                id: SectionId(id),
-                name: name(&device.name)?,
-                instance_id: device.instance_id,
-                version_id: device.version_id,
-            };
-            Ok(DeviceSection::with_own_length(header, &device.bytes))
-        })
-        .collect()
+    own_devices::sections(job.guest.vm(), runs)
 }
