@@ -20,6 +20,8 @@ use crate::source::setup::RAM_SECTION;
 
 /// How long the last word may take.
 const LAST_WORD: Duration = Duration::from_secs(30);
+/// Connections that have lasted longer have been some.
+const AT_ONCE: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub(super) struct Source<'m> {
@@ -63,6 +65,8 @@ struct Session<'m> {
     next_beat: Duration,
     heard: Duration,
     last_block: Option<BlockIndex>,
+    /// The outage before it, and when that was over.
+    before: Option<(Away, Duration)>,
 }
 
 /// How far the main channel is.
@@ -141,6 +145,7 @@ impl<'m> Session<'m> {
             next_beat: Duration::ZERO,
             heard: Duration::ZERO,
             last_block: None,
+            before: None,
         }
     }
 }
@@ -190,14 +195,21 @@ impl<'m> World<'m> {
         }
     }
 
-    fn source_breaks(&mut self, session: Session<'m>) -> State<'m> {
+    fn source_breaks(&mut self, mut session: Session<'m>) -> State<'m> {
         self.close_lines(session.main, session.urgent);
         if self.guest.right != Right::Gone {
             self.guest.right = Right::Here;
             return State::Done; // Nobody was given anything: the migration has failed.
         }
         self.wake(Actor::SourceMain);
-        State::Away(Away { since: self.now, retry: Retry::new(Duration::ZERO), dials: Vec::new() })
+        match session.before.take() {
+            // Connections that broke at once were none.
+            Some((away, over)) if self.now - over < AT_ONCE => State::Away(away),
+            _ => {
+                let (since, retry) = (self.now, Retry::new(Duration::ZERO));
+                State::Away(Away { since, retry, dials: Vec::new() })
+            }
+        }
     }
 
     fn part(&mut self, meeting: Meeting) -> State<'m> {
@@ -294,6 +306,7 @@ impl<'m> World<'m> {
                 let lines = (meeting.line, meeting.urgent);
                 let mut session = Session::new(self.shape, self.map, lines, exchange, Stage::Begin);
                 session.heard = self.now;
+                session.before = Some((meeting.away, self.now));
                 self.wake(Actor::SourceMain);
                 self.wake(Actor::SourceUrgent);
                 State::Session(Box::new(session))
@@ -555,7 +568,9 @@ impl<'m> World<'m> {
         let claim = session.open.as_mut()?;
         let block = claim.block();
         let Some(page) = claim.next_page() else {
-            session.open.take().map(Claim::spend);
+            if let Some(claim) = session.open.take() {
+                claim.spend();
+            }
             return None;
         };
         if !session.in_part {
