@@ -12,6 +12,8 @@
 
 pub(crate) mod exchange;
 pub(crate) mod proofs;
+#[cfg(test)]
+mod simulation;
 mod way_on;
 
 use std::time::{Duration, Instant};

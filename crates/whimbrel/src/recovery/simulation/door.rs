@@ -1,0 +1,143 @@
+//! Who is let in while a guest's RAM is arriving: `destination/door.rs` without its sockets.
+
+use whimbrel_wire::recovery::{Hello, HelloKind};
+
+use super::net::{Between, End, Line};
+use super::world::{Actor, World};
+use crate::recovery::proofs::Ticket;
+
+/// The first bytes of a QEMU's new main channel.
+const RECV_BITMAP: [u8; 3] = [8, 0, 10];
+
+#[derive(Debug, Default)]
+pub(super) struct Door {
+    /// Connections of which it is not known what they are.
+    pub(super) queue: Vec<Line>,
+    pub(super) paused: bool,
+    pub(super) ticket: Option<Ticket>,
+    pub(super) expects_urgent: bool,
+    pub(super) beside: Vec<(HelloKind, Line)>,
+    pub(super) visitor: Option<(Line, Visitor)>,
+    pub(super) attempt: u32,
+    /// The latest that ever was let in.
+    pub(super) admitted: u32,
+}
+
+#[derive(Debug)]
+pub(super) enum Visitor {
+    Whimbrel(Hello),
+    Qemu,
+}
+
+enum Seen {
+    Main(Visitor),
+    Beside(HelloKind),
+}
+
+enum Judged {
+    NotYet,
+    Refused,
+    LetIn(Seen),
+}
+
+impl World<'_> {
+    /// One step of `dest/door`.
+    pub(super) fn door(&mut self) {
+        let door = &self.destination.door;
+        if self.setting.qemu && !door.paused && !door.expects_urgent {
+            return;
+        }
+        for line in std::mem::take(&mut self.destination.door.queue) {
+            match self.judge(line) {
+                Judged::NotYet => self.destination.door.queue.push(line),
+                Judged::Refused => {
+                    self.summary.refused += 1;
+                    self.close(line, End::Destination);
+                }
+                Judged::LetIn(seen) => self.let_in(line, seen),
+            }
+        }
+    }
+
+    fn judge(&mut self, line: Line) -> Judged {
+        let here = self.net.here(line, End::Destination);
+        let ends = self.net.is_over(line, End::Destination);
+        let door = &self.destination.door;
+        let Some(proofs) = &self.destination.proofs else {
+            if door.expects_urgent && !(ends && here.is_empty()) {
+                return Judged::LetIn(Seen::Beside(HelloKind::Urgent));
+            }
+            let begun = here.len().min(RECV_BITMAP.len());
+            return match () {
+                () if here[..begun] != RECV_BITMAP[..begun] => Judged::Refused,
+                () if begun == RECV_BITMAP.len() => Judged::LetIn(Seen::Main(Visitor::Qemu)),
+                () if ends => Judged::Refused,
+                () => Judged::NotYet,
+            };
+        };
+        let begun = here.len().min(Hello::MAGIC.len());
+        if here[..begun] != Hello::MAGIC[..begun] {
+            return Judged::Refused;
+        }
+        let Some(first) = here.first_chunk() else {
+            return if ends { Judged::Refused } else { Judged::NotYet };
+        };
+        let Some(hello) = Hello::parse(first) else { return Judged::Refused };
+        let seen = match hello.kind {
+            HelloKind::Main if !proofs.admits(&hello) || hello.attempt <= door.attempt => None,
+            HelloKind::Main => Some(Seen::Main(Visitor::Whimbrel(hello))),
+            kind => {
+                let admits = door.ticket.as_ref().is_some_and(|ticket| ticket.admits(&hello));
+                admits.then_some(Seen::Beside(kind))
+            }
+        };
+        let Some(seen) = seen else { return Judged::Refused };
+        self.net.take(line, End::Destination, Hello::LEN);
+        Judged::LetIn(seen)
+    }
+
+    fn let_in(&mut self, line: Line, seen: Seen) {
+        let between = self.net.between(line);
+        // The urgent channel of a QEMU has nothing to show: whoever comes next is taken for it.
+        let shows = !matches!(seen, Seen::Beside(_) if self.setting.qemu);
+        assert!(!shows || between != Between::Stranger, "a stranger is let in");
+        let door = &mut self.destination.door;
+        match seen {
+            Seen::Main(visitor) => {
+                match &visitor {
+                    Visitor::Whimbrel(hello) => {
+                        door.attempt = hello.attempt;
+                        door.admitted = door.admitted.max(hello.attempt);
+                    }
+                    Visitor::Qemu => door.expects_urgent = self.setting.preempt,
+                }
+                door.ticket = None;
+                let old = door.visitor.replace((line, visitor));
+                if !door.paused {
+                    // It knows that the old connections are dead.
+                    self.destination.broken = true;
+                }
+                if let Some((old, _)) = old {
+                    self.close(old, End::Destination);
+                }
+                self.wake(Actor::DestinationMain);
+            }
+            Seen::Beside(kind) => {
+                door.expects_urgent &= kind != HelloKind::Urgent;
+                door.beside.push((kind, line));
+                self.wake(Actor::DestinationUrgent);
+            }
+        }
+    }
+
+    /// The link is broken.
+    pub(super) fn door_is_paused(&mut self) {
+        let door = &mut self.destination.door;
+        door.paused = true;
+        (door.ticket, door.expects_urgent) = (None, false);
+        for (_, line) in std::mem::take(&mut door.beside) {
+            self.close(line, End::Destination);
+        }
+        self.wake(Actor::Door);
+    }
+}
