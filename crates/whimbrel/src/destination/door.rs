@@ -61,6 +61,21 @@ struct State {
     attempt: u32,
 }
 
+/// Where a source would come back to, and after which try.
+#[derive(Debug)]
+pub(crate) struct Back {
+    listener: Arc<Listener>,
+    /// The last try that was let in.
+    attempt: u32,
+}
+
+impl Back {
+    /// Nobody has come back to `listener` yet.
+    pub(super) fn to(listener: Arc<Listener>) -> Back {
+        Back { listener, attempt: 0 }
+    }
+}
+
 /// Who has come back.
 #[derive(Debug)]
 pub(super) enum Visitor {
@@ -78,7 +93,7 @@ enum Seen {
 
 impl<'a> Door<'a> {
     pub(super) fn new(
-        listener: Arc<Listener>,
+        back: Back,
         recover: Option<&'a WayOn<Listener>>,
         proofs: Option<Proofs>,
         preempt: bool,
@@ -86,7 +101,7 @@ impl<'a> Door<'a> {
     ) -> Result<Door<'a>, Error> {
         let bell = || Bell::new().map_err(Error::system("making an eventfd"));
         let state = State {
-            listener: Some(listener),
+            listener: Some(back.listener),
             open: false,
             paused: false,
             told: false,
@@ -94,7 +109,7 @@ impl<'a> Door<'a> {
             ticket: None,
             expects_urgent: false,
             beside: Vec::new(),
-            attempt: 0,
+            attempt: back.attempt,
         };
         Ok(Door {
             proofs,
@@ -109,9 +124,10 @@ impl<'a> Door<'a> {
         })
     }
 
-    /// Where it listened last.
-    pub(super) fn into_listener(self) -> Option<Arc<Listener>> {
-        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).listener
+    /// What a door has to know that takes the place of this one, where there is one to be.
+    pub(super) fn into_back(self) -> Option<Back> {
+        let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
+        state.listener.map(|listener| Back { listener, attempt: state.attempt })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -4,7 +4,6 @@
 //! what it is told in every recovery: what is here, which is everything.
 
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,9 +11,9 @@ use whimbrel_wire::recovery::{FAREWELL, Hello, Proof};
 use whimbrel_wire::return_path::{encode_bitmap_end, encode_bitmap_size};
 use whimbrel_wire::{Command, Decoded, ReturnMessage};
 
-use super::door::{Door, Visitor};
+use super::door::{Back, Door, Visitor};
 use super::incoming::Incoming;
-use crate::channel::{Channel, Listener};
+use crate::channel::Channel;
 use crate::error::Error;
 use crate::recovery::ANSWER;
 use crate::recovery::exchange::{DestinationExchange, Say, bitmap_words};
@@ -31,18 +30,18 @@ impl Incoming {
     /// heard of it is waited for where it would come back to, as long as it would try.
     pub(crate) fn see_off(
         mut self,
-        listener: Option<Arc<Listener>>,
+        back: Option<Back>,
         links: &Links,
         parameters: &(dyn Fn() -> Parameters + Sync),
     ) -> Result<(), Error> {
-        let (Some(identity), Some(listener)) = (self.identity(), listener) else {
+        let (Some(identity), Some(back)) = (self.identity(), back) else {
             return self.finish();
         };
         if self.say_farewell() {
             return Ok(());
         }
         let proofs = Proofs::of(identity);
-        let door = Door::new(listener, None, Some(proofs.clone()), false, (links, parameters))?;
+        let door = Door::new(back, None, Some(proofs.clone()), false, (links, parameters))?;
         door.is_paused();
         let stop = Cancel::new().map_err(Error::system("making an eventfd"))?;
         let (ended, since) = (links.ended(), Instant::now());

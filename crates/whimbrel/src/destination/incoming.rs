@@ -12,6 +12,7 @@ use whimbrel_wire::{
 };
 
 use super::ahead::Ahead;
+use super::door::Back;
 use super::farewell;
 use super::held::HeldSections;
 use super::input::Input;
@@ -199,7 +200,7 @@ impl Incoming {
         package: u32,
         host: &mut dyn Host,
         (listener, terms): (Arc<Listener>, &Terms<'_>),
-    ) -> Result<Option<Arc<Listener>>, Failed> {
+    ) -> Result<Option<Back>, Failed> {
         let refused = |text: &str| Failed::Before(Error::Refused(format!("main channel: {text}")));
         if !host.takes_postcopy() {
             return Err(refused(

@@ -31,3 +31,5 @@ mod rest;
 mod restore;
 mod session;
 mod urgent;
+
+pub(crate) use door::Back;

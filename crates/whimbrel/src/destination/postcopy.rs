@@ -21,7 +21,7 @@ use whimbrel_wire::{BlockList, Command, DeviceSection, DeviceState, Package, Ret
 use super::arriving::{Arriving, Via};
 use super::asked::Asked;
 use super::blocktime::Blocktime;
-use super::door::Door;
+use super::door::{Back, Door};
 use super::fault::Asking;
 use super::incoming::{Devices, Host};
 use super::input::Input;
@@ -190,7 +190,7 @@ pub(super) fn run(
     begun: Begun<'_>,
     host: &mut dyn Host,
     terms: &Terms<'_>,
-) -> Result<Option<Arc<Listener>>, Failed> {
+) -> Result<Option<Back>, Failed> {
     let before = |error| Failed::Before(error);
     let package = read_package(begun.input, begun.len).map_err(before)?;
     let split = match begun.agreed.has(Features::SMALL_PIECES) {
@@ -207,8 +207,8 @@ pub(super) fn run(
     let shared = Shared::new().map_err(before)?;
     let result = receive(begun, package, &absent, &asked, host, terms, &shared);
     let ran = shared.fate.load(Ordering::SeqCst) == RAN;
-    let (listener, error) = match result {
-        Ok(listener) => (listener, None),
+    let (back, error) = match result {
+        Ok(back) => (back, None),
         Err(error) => (None, Some(error)),
     };
     match shared.take_fatal().or(error) {
@@ -221,7 +221,7 @@ pub(super) fn run(
             if let Err(error) = absent.finish().map_err(Error::system("letting go of guest RAM")) {
                 terms.report.set_error(error.to_string());
             }
-            Ok(listener)
+            Ok(back)
         }
     }
 }
@@ -268,7 +268,7 @@ fn receive(
     host: &mut dyn Host,
     terms: &Terms<'_>,
     shared: &Shared,
-) -> Result<Option<Arc<Listener>>, Error> {
+) -> Result<Option<Back>, Error> {
     let new_cancel = || Cancel::new().map_err(Error::system("making an eventfd"));
     let spawning = || Error::system("starting a thread");
     let Begun { input, announced, blocks, early, own_machine, agreed, channels, .. } = begun;
@@ -295,7 +295,7 @@ fn receive(
     }
     let proofs = identity.map(Proofs::of);
     let door = Door::new(
-        listener.clone(),
+        Back::to(listener.clone()),
         terms.recover,
         proofs.clone(),
         terms.preempt,
@@ -361,7 +361,7 @@ fn receive(
         shared.end.set();
         result
     });
-    result.map(|()| door.into_listener())
+    result.map(|()| door.into_back())
 }
 
 /// How long the source may say nothing.

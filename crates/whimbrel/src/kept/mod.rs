@@ -34,6 +34,7 @@ pub(crate) use writers::Changes;
 use crate::address::Address;
 use crate::channel::tls::{Authorization, TlsCredentials};
 use crate::channel::{Arrivals, Listener};
+use crate::destination::Back;
 use crate::destination::incoming::{Arrived, Incoming};
 use crate::destination::postcopy::{Failed, Terms};
 use crate::error::Error;
@@ -269,7 +270,7 @@ fn take_rest(
     keeper: &mut keeper::Keeper,
     package: u32,
     terms: (Arc<Listener>, &Terms<'_>),
-) -> Result<Option<Arc<Listener>>, Error> {
+) -> Result<Option<Back>, Error> {
     keeper.pause()?;
     let report = terms.1.report;
     match incoming.receive_rest(package, keeper, terms) {
