@@ -142,7 +142,10 @@ impl Recover<'_> {
             if let Some(connected) = search.take_connected("main", &current, self.links) {
                 match connected {
                     Ok(found) => return Ok(Some(found)),
-                    Err(error) => stands.paused(&error),
+                    Err(error) => {
+                        told = false;
+                        stands.paused(&error);
+                    }
                 }
             }
             if search.is_over() && told {
