@@ -226,8 +226,11 @@ impl<'r> Run<'r> {
         if self.abilities.recovers && self.vms.iter().all(|vm| !vm.is_gone() && has_lost(vm)) {
             self.recover_by_hand()?;
         }
-        // The sides were looked at one after the other.
+        // The sides were looked at one after the other, and what the link held back may have come.
         self.look()?;
+        if !self.settle()? {
+            self.end_by_hand()?;
+        }
         judge::judge(self)
     }
 
