@@ -65,6 +65,8 @@ pub(in crate::channel) struct Handshake {
     shown: usize,
     outgoing: Vec<u8>,
     deadline: Instant,
+    /// Why it has failed: rustls must not be asked again then.
+    failed: Option<String>,
 }
 
 impl std::fmt::Debug for Handshake {
@@ -101,6 +103,7 @@ impl Handshake {
             shown: 0,
             outgoing: Vec::new(),
             deadline: Instant::now() + HANDSHAKE_MAX,
+            failed: None,
         })
     }
 
@@ -109,8 +112,16 @@ impl Handshake {
         self.deadline
     }
 
-    /// Goes as far as it can without waiting. An error is final, and says in words what is wrong.
+    /// Goes as far as it can without waiting. An error is final, however often it is asked for, and
+    /// says in words what is wrong.
     pub(crate) fn step(&mut self, socket: BorrowedFd<'_>) -> Result<Progress, String> {
+        match &self.failed {
+            Some(reason) => Err(reason.clone()),
+            None => self.try_step(socket).inspect_err(|reason| self.failed = Some(reason.clone())),
+        }
+    }
+
+    fn try_step(&mut self, socket: BorrowedFd<'_>) -> Result<Progress, String> {
         loop {
             if !self.outgoing.is_empty() && !self.send(socket)? {
                 return self.wait(PollFlags::OUT);

@@ -553,6 +553,21 @@ fn a_plain_peer_is_told_nothing_and_a_silent_one_not_waited_for() {
     assert!(error.contains("closed the connection during the handshake"), "{error}");
 }
 
+/// Whoever waits for several connections asks each of them again and again.
+#[test]
+fn a_handshake_that_has_failed_fails_whenever_it_is_asked() {
+    let folder = Authority::new("CA").folder(&Who::localhost());
+    let (mut far, mut outside) = tapped(&folder);
+    let mut hello = Vec::new();
+    stock_client(&folder).write_tls(&mut hello).unwrap();
+    outside.write_all(&hello).unwrap();
+    outside.write_all(&hello).unwrap();
+    let first = far.finish_handshake().unwrap_err().to_string();
+    let again = far.handshake().unwrap_err().to_string();
+    assert_eq!(first, again);
+    assert!(far.peek(&mut [0; 4]).is_err());
+}
+
 #[test]
 fn a_handshake_can_be_cancelled() {
     let folder = Authority::new("CA").folder(&Who::localhost());
