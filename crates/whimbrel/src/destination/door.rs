@@ -147,17 +147,29 @@ impl<'a> Door<'a> {
 
     /// The link is broken. Whoever is not to come back without somebody saying so finds nobody.
     pub(super) fn is_paused(&self) {
-        let automatic = self.is_automatic();
-        let (mut beside, mut listener) = (Vec::new(), None);
+        let mut beside = Vec::new();
         self.change(|state| {
             (state.open, state.paused, state.told) = (true, true, false);
             (state.ticket, state.expects_urgent) = (None, false);
             beside = std::mem::take(&mut state.beside);
-            if !automatic {
-                listener = state.listener.take();
+        });
+        drop(beside); // Closed without the lock.
+        self.close_unless_expected();
+    }
+
+    /// Nobody may come back without somebody saying so: whoever has, in the moment before that was
+    /// said, is sent away.
+    fn close_unless_expected(&self) {
+        if self.is_automatic() {
+            return;
+        }
+        let mut closed = None;
+        self.change(|state| {
+            if !state.told {
+                closed = Some((state.listener.take(), state.visitor.take()));
             }
         });
-        drop((beside, listener)); // Closed without the lock.
+        drop(closed); // Without the lock.
     }
 
     /// Pages move again.
@@ -188,6 +200,7 @@ impl<'a> Door<'a> {
     /// Who has come back, if anybody has.
     pub(super) fn visitor(&self) -> Option<(Channel, Visitor)> {
         self.back.heed();
+        self.close_unless_expected();
         self.lock().visitor.take()
     }
 
@@ -370,4 +383,49 @@ fn nobody(why: &str) -> Error {
         "a connection was refused while the migration is in postcopy: {why}: only its own source may \
          come back"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::TcpStream;
+    use std::thread;
+
+    use super::*;
+    use crate::address::Address;
+    use crate::recovery::proofs::new_identity;
+    use crate::status::SocketAddressInfo;
+
+    /// `migrate-pause` in the moment in which the source comes back by itself.
+    #[test]
+    fn who_was_let_in_before_the_migration_was_held_is_sent_away() {
+        let (links, stop) = (Links::new().unwrap(), Cancel::new().unwrap());
+        let proofs = Proofs::of(new_identity(1000).unwrap());
+        let anywhere = Address::Tcp { host: "127.0.0.1".into(), port: 0 };
+        let listener = Listener::bind(&anywhere, &stop).unwrap();
+        let Some(SocketAddressInfo::Inet { host, port }) = listener.socket_address() else {
+            panic!("tcp:");
+        };
+        let place = (host, port.parse::<u16>().unwrap());
+        let (back, parameters) = (Back::to(Arc::new(listener)), Parameters::default());
+        let shared = (&links, &(|| parameters.clone()) as &(dyn Fn() -> Parameters + Sync));
+        let door = Door::new(back, None, Some(proofs.clone()), false, shared).unwrap();
+        door.open();
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("door".into());
+            thread.spawn_scoped(scope, || door.run(&stop)).unwrap();
+            let mut source = TcpStream::connect((&*place.0, place.1)).unwrap();
+            let mut words = Vec::new();
+            proofs.hello(1, [7; 16]).encode(&mut words);
+            source.write_all(&words).unwrap();
+            let let_in = stop.wait_any(&[door.back().as_fd()], Duration::from_secs(30)).unwrap();
+            assert!(let_in.is_ready());
+            links.hold();
+            door.is_paused();
+            assert!(door.visitor().is_none());
+            assert!(matches!(source.read(&mut [0]), Ok(0) | Err(_)), "it is sent away");
+            assert!(door.lock().listener.is_none(), "and finds nobody any more");
+            stop.set();
+        });
+    }
 }

@@ -149,9 +149,14 @@ impl Side {
     }
 
     pub(crate) fn runs(&self) -> bool {
-        let says = self.migrator.run_state() == RunState::Running;
-        assert_eq!(says, self.vm.running(), "the engine and the VM agree on whether it runs");
-        says
+        // It may be about to run, or to stop: then one of them knows before the other.
+        let (mut says, mut does) = (false, true);
+        until("the engine and the VM agree on whether the guest runs", || {
+            says = self.migrator.run_state() == RunState::Running;
+            does = self.vm.running();
+            says == does
+        });
+        does
     }
 
     /// Waits for the migration's end.
