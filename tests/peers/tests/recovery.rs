@@ -10,6 +10,7 @@ use whimbrel_peers::install::Peer;
 use whimbrel_peers::journey::{Journey, MIGRATION_MAX, Transport, free_port};
 use whimbrel_peers::on_each_peer;
 use whimbrel_peers::qemu::Qemu;
+use whimbrel_peers::wait;
 
 /// So slow that there is always something left to be sent.
 const SLOW: &str = "200k";
@@ -19,39 +20,70 @@ fn unlimited(source: &mut Qemu) -> Result<()> {
     source.qmp.execute("migrate-set-parameters", &parameters).map(drop)
 }
 
-/// Two QEMUs, and a whimbrel that does nothing but drive them: a broken link is news to it.
-fn driven(peer: Peer, more: &[&str]) -> Result<()> {
+/// Waits until a QEMU has really given its guest away: it says `postcopy-active` before, and one whose
+/// link is broken then says `failed` and runs its guest, which the destination may be doing too.
+fn wait_gone(source: &mut Qemu) -> Result<()> {
+    wait::until("the source to send pages behind its guest", MIGRATION_MAX, || {
+        let report = source.qmp.execute("query-migrate", &json!({}))?;
+        let sent = report["ram"]["postcopy-bytes"].as_u64().unwrap_or(0);
+        Ok((report["status"] == "postcopy-active" && sent > 0).then_some(()))
+    })
+}
+
+/// Breaks the link at one side, as soon as it takes that, and waits until both have noticed.
+fn break_link(source: &mut Qemu, destination: &mut Qemu, at_source: bool) -> Result<()> {
+    source.wait_status("postcopy-active", MIGRATION_MAX)?;
+    destination.wait_status("postcopy-active", MIGRATION_MAX)?;
+    std::thread::sleep(Duration::from_millis(200));
+    let side = if at_source { &mut *source } else { &mut *destination };
+    // A recovery that broke by itself takes another.
+    wait::until("a side to pause", MIGRATION_MAX, || {
+        Ok(side.qmp.execute("migrate-pause", &json!({})).ok())
+    })?;
+    wait_paused(source)?;
+    wait_paused(destination)
+}
+
+/// Two QEMUs, and a whimbrel that does nothing but drive them: a broken link is news to it. With
+/// preempt nothing holds back the pages that are asked for, and a guest that ran would have asked for
+/// all of them before the link has been broken as often as it should be.
+fn driven(peer: Peer, preempt: bool) -> Result<()> {
     let guest = BootSector { seed: 91 };
     let journey = Journey::new(peer.machine(), &guest)?;
     let mut source = journey.boot(peer)?;
-    let mut destination = journey.incoming(peer)?;
+    let mut destination = match preempt {
+        true => journey.incoming_stopped(peer)?,
+        false => journey.incoming(peer)?,
+    };
+    let more: &[&str] = if preempt { &["--preempt"] } else { &[] };
     let (from, to) = (source.other_control(), destination.other_control());
     let command = ["migrate", &from, &to, "--postcopy", "--postcopy-after=0", "--bandwidth", SLOW];
-    let mut migrate = journey.start_whimbrel(&[&command, more].concat())?;
-    for breaks_at_source in [true, false, true] {
-        source.wait_status("postcopy-active", MIGRATION_MAX)?;
-        destination.wait_status("postcopy-active", MIGRATION_MAX)?;
-        std::thread::sleep(Duration::from_millis(200));
-        let side = if breaks_at_source { &mut source } else { &mut destination };
-        side.qmp.execute("migrate-pause", &json!({}))?;
+    for side in [&mut source, &mut destination] {
+        side.qmp.enable(&["events"])?;
     }
-    // Not as soon as the command was given: until then it may not have broken yet.
-    std::thread::sleep(Duration::from_millis(200));
+    let mut migrate = journey.start_whimbrel(&[&command, more].concat())?;
+    wait_gone(&mut source)?;
+    for at_source in [true, false, true] {
+        break_link(&mut source, &mut destination, at_source)?;
+    }
     source.wait_status("postcopy-active", MIGRATION_MAX)?;
     unlimited(&mut source)?;
     let ended = migrate.wait(MIGRATION_MAX)?.succeeded()?;
     ensure!(ended.output.contains("migrated "), "{}", ended.output);
     source.wait_migrated(MIGRATION_MAX)?;
     destination.wait_migrated(MIGRATION_MAX)?;
+    if preempt {
+        destination.qmp.execute("cont", &json!({}))?;
+    }
     journey.check_arrived(&source, &destination)
 }
 
 fn migrate_recovers_two_qemus(peer: Peer) -> Result<()> {
-    driven(peer, &[])
+    driven(peer, false)
 }
 
 fn migrate_recovers_two_qemus_with_preempt(peer: Peer) -> Result<()> {
-    driven(peer, &["--preempt"])
+    driven(peer, true)
 }
 
 /// Nothing is done by itself where that was not wanted: one line says what is missing where.
@@ -64,7 +96,7 @@ fn migrate_leaves_two_qemus_alone(peer: Peer) -> Result<()> {
     let command = ["migrate", &from, &to, "--postcopy", "--postcopy-after=0", "--bandwidth", SLOW];
     let mut migrate = journey.start_whimbrel(&[&command[..], &["--no-recover"]].concat())?;
     destination.wait_status("postcopy-active", MIGRATION_MAX)?;
-    source.wait_status("postcopy-active", MIGRATION_MAX)?;
+    wait_gone(&mut source)?;
     source.qmp.execute("migrate-pause", &json!({}))?;
     let said = migrate.wait(MIGRATION_MAX)?.refused()?;
     for part in [
@@ -103,6 +135,7 @@ fn into_receive(peer: Peer, capabilities: &[&str], more: &[&str]) -> Result<()> 
     source.qmp.execute("migrate-set-parameters", &slow)?;
     source.qmp.migrate(&uri)?;
     source.qmp.execute("migrate-start-postcopy", &json!({}))?;
+    wait_gone(&mut source)?;
     for _ in 0..3 {
         source.wait_status("postcopy-active", MIGRATION_MAX)?;
         std::thread::sleep(Duration::from_millis(200));
@@ -131,9 +164,9 @@ fn receive_goes_on_with_preempt(peer: Peer) -> Result<()> {
 }
 
 /// It has been paused: that may be over by now.
-fn wait_paused(destination: &mut Qemu) -> Result<()> {
+fn wait_paused(side: &mut Qemu) -> Result<()> {
     loop {
-        let event = destination.qmp.wait_event("MIGRATION", MIGRATION_MAX)?;
+        let event = side.qmp.wait_event("MIGRATION", MIGRATION_MAX)?;
         if event.data["status"] == "postcopy-paused" {
             return Ok(());
         }
