@@ -78,6 +78,11 @@ impl AtomicBitmap {
         true
     }
 
+    /// One word, its first bit the lowest.
+    pub(crate) fn word(&self, word: usize) -> u64 {
+        self.words[word].load(Ordering::Acquire)
+    }
+
     /// All words, the first bit in the lowest bit of the first.
     pub(crate) fn words(&self) -> impl Iterator<Item = u64> {
         self.words.iter().map(|word| word.load(Ordering::Acquire))

@@ -169,6 +169,18 @@ impl RamBlock {
         Ok(())
     }
 
+    /// Copies `len` bytes from `offset` on of `other`, which is another block, to the same place here.
+    ///
+    /// # Panics
+    /// When it is the same block.
+    pub fn copy_from(&self, other: &RamBlock, offset: u64, len: usize) -> Result<(), BlockError> {
+        let (from, to) = (other.range(offset, len)?, self.range(offset, len)?);
+        assert!(from != to, "a block is not copied to itself");
+        // SAFETY: `range` checked both; two mappings do not overlap. Racing stores tear bytes.
+        unsafe { copy::copy(from.as_ptr(), to.as_ptr(), len) };
+        Ok(())
+    }
+
     /// Makes `len` bytes from `offset` on zero.
     pub fn write_zeros(&self, offset: u64, len: usize) -> Result<(), BlockError> {
         let to = self.range(offset, len)?;

@@ -16,6 +16,7 @@
 //! | send a page exactly once | a [`Claim`] on it, from a [`Sweep`] or by name |
 //! | send less | [`RamBlock::is_zero`] |
 //! | run while pages are still arriving | [`AbsentRam`], and what has [`Received`] |
+//! | take in a checkpoint as a whole or not at all | [`RamCache`] |
 //! | compare two sides | [`GuestRam::digest`] |
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -24,6 +25,7 @@ mod advice;
 mod backing;
 mod bitmap;
 mod block;
+mod cache;
 mod claim;
 mod copy;
 mod digest;
@@ -49,6 +51,7 @@ pub mod zero;
 pub use absent::{AbsentRam, Fault, Split};
 pub use backing::{Backing, Owner, Sharing};
 pub use block::{BlockError, RamBlock};
+pub use cache::RamCache;
 pub use claim::{Asked, Claim};
 pub use digest::BlockDigest;
 pub use guest_ram::GuestRam;
