@@ -23,7 +23,7 @@ use crate::plan::Retry;
 use crate::recovery::exchange::SourceExchange;
 use crate::recovery::proofs::{Proofs, Ticket, random};
 use crate::recovery::{self, ANSWER, WayOn};
-use crate::settings::{AutoRecover, Parameters};
+use crate::settings::Parameters;
 use crate::status::MigrationStatus;
 use crate::worker::{Cancel, Links};
 
@@ -100,14 +100,7 @@ impl Recover<'_> {
 
     /// Whether it may go on without being told to.
     fn is_automatic(&self) -> bool {
-        if self.links.are_held() {
-            return false;
-        }
-        match (self.parameters)().auto_recover {
-            AutoRecover::Auto => self.proofs.is_some(),
-            AutoRecover::On => true,
-            AutoRecover::Off => false,
-        }
+        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
     }
 
     /// A connection to the destination, or to whoever is there now.
