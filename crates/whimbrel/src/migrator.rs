@@ -60,8 +60,6 @@ struct Run {
     postcopy: Cancel,
     /// The connections in postcopy: `migrate-pause`, and the end.
     links: Links,
-    /// Rescues of a destination.
-    orders: Option<Arc<Orders>>,
     way_on: Way,
     allows_postcopy: bool,
     worker: Option<Worker>,
@@ -72,8 +70,35 @@ struct Run {
 enum Way {
     /// `migrate` with `resume`.
     Resume(Arc<WayOn<Route>>),
-    /// `migrate-recover`.
-    Recover(Arc<WayOn<Listener>>),
+    /// `migrate-recover`, and rescues.
+    Recover(Arc<WayOn<Listener>>, Arc<Orders>),
+}
+
+impl Run {
+    /// One whose thread has yet to be started.
+    fn new(cancel: Cancel, capabilities: Capabilities, way_on: Way) -> Result<Run, Error> {
+        let side = match &way_on {
+            Way::Resume(_) => Side::Source,
+            Way::Recover(..) => Side::Destination,
+        };
+        Ok(Run {
+            side,
+            report: Arc::new(Report::new(side)),
+            cancel,
+            proceed: new_cancel()?,
+            postcopy: new_cancel()?,
+            links: new_links()?,
+            way_on,
+            allows_postcopy: capabilities.has(Capability::PostcopyRam),
+            worker: None,
+        })
+    }
+
+    fn start(&mut self, role: Role, body: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let worker = Worker::start(role, self.cancel.clone(), body);
+        self.worker = Some(worker.map_err(Error::system("starting a thread"))?);
+        Ok(())
+    }
 }
 
 impl Drop for Run {
@@ -224,35 +249,21 @@ impl Migrator {
             )));
         }
         let route = self.route(address, inner.capabilities)?;
-        let (cancel, proceed) = (new_cancel()?, new_cancel()?);
-        let (postcopy, links, resume) = (new_cancel()?, new_links()?, new_way_on()?);
-        let report = Arc::new(Report::new(Side::Source));
+        let (cancel, resume) = (new_cancel()?, new_way_on()?);
+        let mut run = Run::new(cancel, inner.capabilities, Way::Resume(resume.clone()))?;
         let job = source::Job {
             guest: self.guest.clone(),
             route,
             capabilities: inner.capabilities,
             router: self.router.clone(),
-            report: report.clone(),
-            cancel: cancel.clone(),
-            proceed: proceed.clone(),
-            postcopy: postcopy.clone(),
-            links: links.clone(),
-            resume: resume.clone(),
+            report: run.report.clone(),
+            cancel: run.cancel.clone(),
+            proceed: run.proceed.clone(),
+            postcopy: run.postcopy.clone(),
+            links: run.links.clone(),
+            resume,
         };
-        let worker = Worker::start(Role::SourceMain, cancel.clone(), move || source::run(&job))
-            .map_err(Error::system("starting a thread"))?;
-        let run = Run {
-            side: Side::Source,
-            report,
-            cancel,
-            proceed,
-            postcopy,
-            links,
-            orders: None,
-            way_on: Way::Resume(resume),
-            allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
-            worker: Some(worker),
-        };
+        run.start(Role::SourceMain, move || source::run(&job))?;
         let old = inner.run.replace(run);
         drop(inner);
         drop(old); // Its thread has told how it ended and is about to be gone: joined without the lock.
@@ -268,10 +279,11 @@ impl Migrator {
         let listener = self.listener(address, &cancel)?;
         let mut inner = self.lock();
         self.refuse_incoming(&inner)?;
-        let (postcopy, links, recover) = (new_cancel()?, new_links()?, new_way_on()?);
         let orders = Arc::new(Orders::new().map_err(Error::system("making an eventfd"))?);
-        let report = Arc::new(Report::new(Side::Destination));
-        let listener = announced(listener, &report, &links);
+        let recover = new_way_on()?;
+        let way_on = Way::Recover(recover.clone(), orders.clone());
+        let mut run = Run::new(cancel, inner.capabilities, way_on)?;
+        let listener = announced(listener, &run.report, &run.links);
         let job = live::Job {
             guest: self.guest.clone(),
             capabilities: inner.capabilities,
@@ -281,28 +293,14 @@ impl Migrator {
             },
             autostart: self.autostart,
             router: self.router.clone(),
-            report: report.clone(),
-            cancel: cancel.clone(),
-            links: links.clone(),
-            orders: orders.clone(),
-            recover: recover.clone(),
+            report: run.report.clone(),
+            cancel: run.cancel.clone(),
+            links: run.links.clone(),
+            orders,
+            recover,
         };
-        let run = move || live::run(&job, listener);
-        let worker = Worker::start(Role::DestinationMain, cancel.clone(), run)
-            .map_err(Error::system("starting a thread"))?;
-        let proceed = cancel.clone();
-        inner.run = Some(Run {
-            side: Side::Destination,
-            report,
-            cancel,
-            proceed,
-            postcopy,
-            links,
-            orders: Some(orders),
-            way_on: Way::Recover(recover),
-            allows_postcopy: inner.capabilities.has(Capability::PostcopyRam),
-            worker: Some(worker),
-        });
+        run.start(Role::DestinationMain, move || live::run(&job, listener))?;
+        inner.run = Some(run);
         inner.exit_on_error = exit_on_error;
         Ok(())
     }
@@ -433,7 +431,10 @@ impl Migrator {
         let inner = self.lock();
         let paused = |run: &&Run| run.report.status() == MigrationStatus::PostcopyPaused;
         let run = inner.run.as_ref().filter(paused).ok_or_else(rescue::not_paused)?;
-        Ok(run.orders.clone())
+        Ok(match &run.way_on {
+            Way::Recover(_, orders) => Some(orders.clone()),
+            Way::Resume(_) => None,
+        })
     }
 
     /// `migrate` with `resume`: a source in `postcopy-paused` connects to `address` and sends what the
@@ -457,7 +458,7 @@ impl Migrator {
         let (cancel, way, report, links) = {
             let inner = self.lock();
             match &inner.run {
-                Some(Run { report, links, cancel, way_on: Way::Recover(way), .. })
+                Some(Run { report, links, cancel, way_on: Way::Recover(way, _), .. })
                     if report.status() == MigrationStatus::PostcopyPaused =>
                 {
                     (cancel.clone(), way.clone(), report.clone(), links.clone())

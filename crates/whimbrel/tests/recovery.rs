@@ -87,13 +87,23 @@ fn listen_anew(destination: &Side) -> Address {
     destination.address()
 }
 
+/// Nothing holds it back any more, and it comes to its end.
 fn expect_completed(source: &Side, destination: &Side, what: &str) {
+    let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
+    source.migrator.update_parameters(fast).expect("allowed");
     for side in [source, destination] {
         let info = side.ended(what);
         assert_eq!(info.status, Some(MigrationStatus::Completed), "{what}: {:?}", info.error_desc);
     }
     assert!(!source.runs(), "{what}");
     destination.expect_healthy(what);
+}
+
+/// Completed, and nothing is left behind.
+fn expect_a_good_end((source, destination): (Side, Side), relay: Relay, alone: &Alone, what: &str) {
+    expect_completed(&source, &destination, what);
+    drop((source, destination, relay));
+    alone.expect_nothing_left(what);
 }
 
 fn all() -> impl Iterator<Item = Set> {
@@ -121,11 +131,7 @@ fn paused_on_request_it_goes_on_when_told_to_elsewhere() {
             source.migrator.resume(address).expect("it is paused");
             expect_active(&source, &destination);
         }
-        let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
-        source.migrator.update_parameters(fast).expect("allowed");
-        expect_completed(&source, &destination, &what);
-        drop((source, destination, relay));
-        alone.expect_nothing_left(&what);
+        expect_a_good_end((source, destination), relay, &alone, &what);
     }
 }
 
@@ -148,11 +154,7 @@ fn broken_again_and_again_it_goes_on_by_itself() {
             }
             expect_active(&source, &destination);
         }
-        let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
-        source.migrator.update_parameters(fast).expect("allowed");
-        expect_completed(&source, &destination, &what);
-        drop((source, destination, relay));
-        alone.expect_nothing_left(&what);
+        expect_a_good_end((source, destination), relay, &alone, &what);
     }
 }
 
@@ -165,8 +167,6 @@ fn a_last_word_that_was_lost_is_said_again() {
         let (source, destination) = pair(set);
         let relay = begin(&source, &destination);
         relay.lose_last_word();
-        let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
-        source.migrator.update_parameters(fast).expect("allowed");
         expect_completed(&source, &destination, &what);
         assert!(!relay.has_to_lose(), "{what}: it was lost");
         drop((source, destination, relay));
@@ -207,11 +207,7 @@ fn strangers_get_nothing_and_leave_the_paused_migration_as_it_is() {
         destination.expect_reason(&["only its own source may come back"], "a stranger");
     }
     relay.close(false);
-    let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
-    source.migrator.update_parameters(fast).expect("allowed");
-    expect_completed(&source, &destination, "after strangers");
-    drop((source, destination, relay));
-    alone.expect_nothing_left("after strangers");
+    expect_a_good_end((source, destination), relay, &alone, "after strangers");
 }
 
 /// What has no meaning is refused in one line, and changes nothing.
@@ -252,9 +248,5 @@ fn what_is_not_paused_cannot_be_told_to_go_on() {
         .expect_err("not ours");
     let address = listen_anew(&destination);
     source.migrator.resume(address).expect("it is paused");
-    let fast = |p: &mut Parameters| p.max_postcopy_bandwidth = 0;
-    source.migrator.update_parameters(fast).expect("allowed");
-    expect_completed(&source, &destination, "told again");
-    drop((source, destination, relay));
-    alone.expect_nothing_left("told again");
+    expect_a_good_end((source, destination), relay, &alone, "told again");
 }

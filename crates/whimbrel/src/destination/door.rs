@@ -13,9 +13,9 @@ use whimbrel_wire::recovery::{Hello, HelloKind};
 
 use crate::channel::{Channel, Judged, Listener};
 use crate::error::Error;
-use crate::recovery::WayOn;
 use crate::recovery::proofs::{Proofs, Ticket};
-use crate::settings::{AutoRecover, Parameters};
+use crate::recovery::{self, WayOn};
+use crate::settings::Parameters;
 use crate::worker::{Bell, Cancel, Links};
 
 /// How often a wait for a channel looks whether it is still wanted.
@@ -184,12 +184,7 @@ impl<'a> Door<'a> {
 
     /// Whether the source may come back without somebody saying so.
     pub(super) fn is_automatic(&self) -> bool {
-        !self.links.are_held()
-            && match (self.parameters)().auto_recover {
-                AutoRecover::Auto => self.proofs.is_some(),
-                AutoRecover::On => true,
-                AutoRecover::Off => false,
-            }
+        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
     }
 
     /// Readable when the source may be back.

@@ -20,7 +20,8 @@ use std::time::{Duration, Instant};
 
 pub(crate) use way_on::WayOn;
 
-use crate::settings::Parameters;
+use crate::settings::{AutoRecover, Parameters};
+use crate::worker::Links;
 
 /// How long the other side of a recovery may take to say its part, which is a round trip and no
 /// more.
@@ -37,6 +38,17 @@ pub(crate) fn silence(parameters: &Parameters) -> Option<Duration> {
 /// How often something has to be said for the other side to know that one is there.
 pub(crate) fn beat(parameters: &Parameters) -> Option<Duration> {
     silence(parameters).map(|limit| limit / 4)
+}
+
+/// Whether a migration that is paused may go on without anybody saying so. `proves` is whether each
+/// side can show the other who it is.
+pub(crate) fn is_automatic(links: &Links, parameters: &Parameters, proves: bool) -> bool {
+    !links.are_held()
+        && match parameters.auto_recover {
+            AutoRecover::Auto => proves,
+            AutoRecover::On => true,
+            AutoRecover::Off => false,
+        }
 }
 
 /// When it is time again to say that one is there.

@@ -1,9 +1,11 @@
 //! Guest RAM → wire: the source of a migration.
 //!
 //! `source/main` goes through the states, a file each: [`setup`], [`precopy`], then either
-//! [`switchover`] and [`handover`], or [`postcopy`] with its [`background`]. [`pages`] and [`out`]
-//! are the road of a page on this side, [`answers`] reads what the destination says; in postcopy it
-//! is read by `source/urgent` ([`urgent`]), which [`said`] and [`wanted`] join to `source/main`.
+//! [`switchover`] and [`handover`], or [`postcopy`], which gives the guest away ([`package`]) and
+//! sends the rest over one [`session`] after the other, each with its [`background`]. [`pages`] and
+//! [`out`] are the road of a page on this side, [`answers`] reads what the destination says; in
+//! postcopy it is read by `source/urgent` ([`urgent`]), which [`said`] and [`wanted`] join to
+//! `source/main`.
 
 pub(crate) mod answers;
 mod background;
@@ -12,11 +14,13 @@ mod held;
 mod hot;
 pub(crate) mod multifd;
 pub(crate) mod out;
+mod package;
 mod pages;
 pub(crate) mod postcopy;
 mod precopy;
 pub(crate) mod recover;
 mod said;
+mod session;
 pub(crate) mod setup;
 mod switchover;
 mod undo;

@@ -23,7 +23,7 @@ use crate::plan::Retry;
 use crate::recovery::exchange::SourceExchange;
 use crate::recovery::proofs::{Proofs, Ticket, random};
 use crate::recovery::{self, ANSWER, WayOn};
-use crate::settings::{AutoRecover, Parameters};
+use crate::settings::Parameters;
 use crate::status::MigrationStatus;
 use crate::worker::{Cancel, Links};
 
@@ -100,14 +100,7 @@ impl Recover<'_> {
 
     /// Whether it may go on without being told to.
     fn is_automatic(&self) -> bool {
-        if self.links.are_held() {
-            return false;
-        }
-        match (self.parameters)().auto_recover {
-            AutoRecover::Auto => self.proofs.is_some(),
-            AutoRecover::On => true,
-            AutoRecover::Off => false,
-        }
+        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
     }
 
     /// A connection to the destination, or to whoever is there now.
@@ -244,11 +237,9 @@ impl Recover<'_> {
         stream.out.words().extend_from_slice(&words);
         stream.out.flush()?;
         stands.stands(MigrationStatus::PostcopyRecover);
-        self.hear(&mut stream, |answers, answer| match answer {
-            Answer::Bitmap { block, received } => {
-                exchange.bitmap(map, block, &received).map_err(|problem| answers.wrong(problem))
-            }
-            other => Err(answers.wrong(&format!("{other:?} instead of a bitmap"))),
+        self.hear(&mut stream, "a bitmap", |answer| match answer {
+            Answer::Bitmap { block, received } => Some(exchange.bitmap(map, *block, received)),
+            _ => None,
         })?;
         let urgent = match early {
             None => self.urgent(&route)?,
@@ -257,20 +248,20 @@ impl Recover<'_> {
         let words = exchange.resume();
         stream.out.words().extend_from_slice(&words);
         stream.out.flush()?;
-        self.hear(&mut stream, |answers, answer| match answer {
-            Answer::Resumed => {
-                exchange.acknowledged().map(|()| true).map_err(|problem| answers.wrong(problem))
-            }
-            other => Err(answers.wrong(&format!("{other:?} instead of RESUME_ACK"))),
+        self.hear(&mut stream, "RESUME_ACK", |answer| match answer {
+            Answer::Resumed => Some(exchange.acknowledged().map(|()| true)),
+            _ => None,
         })?;
         Ok(Recovered { stream, urgent, exchange: None, ticket: None, route })
     }
 
-    /// Hears what the destination says until `take` has what it waits for.
+    /// Hears what the destination says until `take` has all that it waits for, which is `what`; of
+    /// anything else `take` makes nothing.
     fn hear(
         &self,
         stream: &mut Stream,
-        mut take: impl FnMut(&Answers, Answer) -> Result<bool, Error>,
+        what: &str,
+        mut take: impl FnMut(&Answer) -> Option<Result<bool, &'static str>>,
     ) -> Result<(), Error> {
         let limit = recovery::silence(&(self.parameters)()).unwrap_or(FOREVER);
         let answers = stream.answers.as_mut().expect("a recovery has a return path");
@@ -280,11 +271,12 @@ impl Recover<'_> {
                 None => return Err(Error::Silent { channel: "return path", limit }),
                 Some(Answer::End) => return Err(Error::PeerGone),
                 Some(Answer::Pong(_)) => {}
-                Some(answer) => {
-                    if take(answers, answer)? {
-                        return Ok(());
-                    }
-                }
+                Some(answer) => match take(&answer) {
+                    Some(Ok(true)) => return Ok(()),
+                    Some(Ok(false)) => {}
+                    Some(Err(problem)) => return Err(answers.wrong(problem)),
+                    None => return Err(answers.wrong(&format!("{answer:?} instead of {what}"))),
+                },
             }
         }
     }
