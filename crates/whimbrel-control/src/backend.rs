@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde_json::{Map, Value};
 use whimbrel::{
-    Address, Capabilities, Capability, Event, MigrationInfo, MigrationStatus, Object, Parameters,
-    RunState,
+    Address, Capabilities, Capability, ColoStatus, Event, MigrationInfo, MigrationStatus, Object,
+    Parameters, RunState,
 };
 
 use crate::QmpError;
@@ -87,6 +87,21 @@ pub trait Backend: Send + Sync {
 
     /// Breaks the connections of a migration in postcopy, on purpose.
     fn migrate_pause(&self) -> Result<(), QmpError>;
+
+    /// Which part the VM has in COLO, or had.
+    fn colo_status(&self) -> ColoStatus {
+        ColoStatus::default()
+    }
+
+    /// The other side of COLO is gone: goes on alone.
+    fn colo_lost_heartbeat(&self) -> Result<(), QmpError> {
+        Err(QmpError::generic("VM is not in COLO mode"))
+    }
+
+    /// Takes a checkpoint now.
+    fn colo_checkpoint(&self) -> Result<(), QmpError> {
+        Err(QmpError::generic("VM is not in COLO mode"))
+    }
 
     /// Shuts down every connection of the migration under way, whoever waits on it; an error when
     /// there is none.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use whimbrel::{
-    Address, Capabilities, Capability, MigrationInfo, MigrationStatus, Migrator, Object,
-    Parameters, RunState,
+    Address, Capabilities, Capability, ColoStatus, MigrationInfo, MigrationStatus, Migrator,
+    Object, Parameters, RunState,
 };
 
 use crate::backend::{Backend, EventListener, ParameterChange, Subscription};
@@ -150,6 +150,18 @@ impl Backend for MigratorBackend {
 
     fn migrate_pause(&self) -> Result<(), QmpError> {
         self.migrator.pause().map_err(QmpError::generic)
+    }
+
+    fn colo_status(&self) -> ColoStatus {
+        self.migrator.colo_status()
+    }
+
+    fn colo_lost_heartbeat(&self) -> Result<(), QmpError> {
+        self.migrator.colo_lost_heartbeat().map_err(QmpError::generic)
+    }
+
+    fn colo_checkpoint(&self) -> Result<(), QmpError> {
+        self.migrator.colo_checkpoint().map_err(QmpError::generic)
     }
 
     fn yank(&self) -> Result<(), QmpError> {

@@ -86,6 +86,7 @@ impl Guest {
             | RunState::Paused
             | RunState::FinishMigrate
             | RunState::Postmigrate
+            | RunState::Colo
             | RunState::InternalError => Slot::Here(RunRight(())),
         };
         Guest {
@@ -128,7 +129,7 @@ impl Guest {
         loop {
             match std::mem::replace(&mut inner.right, Slot::Taken) {
                 Slot::Here(right) => return Taken::Right(right),
-                Slot::Taken if inner.state == RunState::FinishMigrate => {
+                Slot::Taken if inner.state.is_held_by_migration() => {
                     return Taken::SwitchingOver;
                 }
                 Slot::Taken => {
@@ -243,6 +244,10 @@ impl Guest {
     pub(crate) fn cont(&self) -> Result<(), Error> {
         let right = match self.take_right() {
             Taken::Right(right) => right,
+            Taken::SwitchingOver if self.state() == RunState::Colo => {
+                self.lock().stop_asked = false;
+                return Ok(()); // It goes on when the checkpoint has been taken.
+            }
             Taken::SwitchingOver => {
                 return Err(Error::Refused(
                     "the guest is being switched over: it runs at the destination soon \
@@ -251,6 +256,11 @@ impl Guest {
                 ));
             }
             Taken::Elsewhere => self.right_by_order().ok_or_else(|| match self.state() {
+                RunState::Colo => Error::Refused(
+                    "the guest is the primary's, and this VM only keeps in step with it: \
+                     'x-colo-lost-heartbeat' takes it over"
+                        .into(),
+                ),
                 RunState::Inmigrate => Error::Refused(
                     "the guest has not arrived yet: it runs when its migration is complete".into(),
                 ),
@@ -284,6 +294,16 @@ impl Guest {
         self.vm.resume().map_err(Error::vm("running the guest"))?;
         self.emit(&Event::Resume);
         Ok(())
+    }
+
+    /// At a secondary of COLO: runs a copy of the primary's guest, of which nothing is let out.
+    pub(crate) fn resume_copy(&self) -> Result<(), Error> {
+        self.vm.resume().map_err(Error::vm("running the copy of the guest"))
+    }
+
+    /// Stops the copy.
+    pub(crate) fn pause_copy(&self) -> Result<(), Error> {
+        self.vm.pause().map_err(Error::vm("stopping the copy of the guest"))
     }
 
     /// Calls `subscriber` on every event until [`unsubscribe`](Guest::unsubscribe).

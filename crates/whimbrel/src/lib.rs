@@ -24,6 +24,7 @@
 //! good.
 mod address;
 mod channel;
+mod colo;
 mod destination;
 mod error;
 #[cfg(feature = "fuzzing")]
@@ -60,11 +61,11 @@ pub use migrator::{Migrator, Start, Subscription};
 pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
-    AutoRecover, Capabilities, Capability, MultifdCompression, Parameters, SettingError,
-    ZeroPageDetection,
+    AutoRecover, Capabilities, Capability, ColoFailover, MultifdCompression, Parameters,
+    SettingError, ZeroPageDetection,
 };
 pub use status::{
-    AnswerStats, Event, FaultStats, Latency, MigrationInfo, MigrationStats, MigrationStatus,
-    RunState, SocketAddressInfo, XbzrleCacheStats,
+    AnswerStats, ColoExitReason, ColoMode, ColoStats, ColoStatus, Event, FaultStats, Latency,
+    MigrationInfo, MigrationStats, MigrationStatus, RunState, SocketAddressInfo, XbzrleCacheStats,
 };
 pub use vm::{DeviceState, Vm, VmError};

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
 use crate::channel::{Listener, Route};
+use crate::colo::{Fence, Replication};
 use crate::destination::live;
 use crate::error::Error;
 use crate::guest::Guest;
@@ -14,8 +15,8 @@ use crate::report::{Report, Side};
 use crate::rescue::{self, Filled, KeptPart, Lost, Orders, Part};
 use crate::settings::{Capabilities, Capability, Parameters, SettingError};
 use crate::source;
-use crate::status::{Event, MigrationInfo, MigrationStatus, RunState};
-use crate::vm::Vm;
+use crate::status::{ColoMode, ColoStatus, Event, MigrationInfo, MigrationStatus, RunState};
+use crate::vm::{Vm, VmError};
 use crate::worker::{Cancel, Links, Role, Worker};
 
 /// How a VM stands when its [`Migrator`] is made.
@@ -42,11 +43,18 @@ pub struct Migrator {
     inner: Mutex<Inner>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Inner {
     capabilities: Capabilities,
     exit_on_error: bool,
+    fence: Option<Fence>,
     run: Option<Run>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inner").field("run", &self.run).finish_non_exhaustive()
+    }
 }
 
 /// A migration under way, or the last one.
@@ -61,6 +69,7 @@ struct Run {
     /// The connections in postcopy: `migrate-pause`, and the end.
     links: Links,
     way_on: Way,
+    colo: Arc<Replication>,
     allows_postcopy: bool,
     worker: Option<Worker>,
 }
@@ -76,19 +85,28 @@ enum Way {
 
 impl Run {
     /// One whose thread has yet to be started.
-    fn new(cancel: Cancel, capabilities: Capabilities, way_on: Way) -> Result<Run, Error> {
-        let side = match &way_on {
-            Way::Resume(_) => Side::Source,
-            Way::Recover(..) => Side::Destination,
+    fn new(
+        cancel: Cancel,
+        capabilities: Capabilities,
+        way_on: Way,
+        fence: Option<Fence>,
+    ) -> Result<Run, Error> {
+        let (side, part) = match &way_on {
+            Way::Resume(_) => (Side::Source, ColoMode::Primary),
+            Way::Recover(..) => (Side::Destination, ColoMode::Secondary),
         };
+        let (report, colo) =
+            (Arc::new(Report::new(side)), Arc::new(Replication::new(part, fence)?));
+        report.set_colo(colo.clone());
         Ok(Run {
             side,
-            report: Arc::new(Report::new(side)),
+            report,
             cancel,
             proceed: new_cancel()?,
             postcopy: new_cancel()?,
             links: new_links()?,
             way_on,
+            colo,
             allows_postcopy: capabilities.has(Capability::PostcopyRam),
             worker: None,
         })
@@ -250,7 +268,7 @@ impl Migrator {
         }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, resume) = (new_cancel()?, new_way_on()?);
-        let mut run = Run::new(cancel, inner.capabilities, Way::Resume(resume.clone()))?;
+        let mut run = Run::new(cancel, inner.capabilities, Way::Resume(resume.clone()), None)?;
         let job = source::Job {
             guest: self.guest.clone(),
             route,
@@ -262,6 +280,7 @@ impl Migrator {
             postcopy: run.postcopy.clone(),
             links: run.links.clone(),
             resume,
+            colo: run.colo.clone(),
         };
         run.start(Role::SourceMain, move || source::run(&job))?;
         let old = inner.run.replace(run);
@@ -282,7 +301,8 @@ impl Migrator {
         let orders = Arc::new(Orders::new().map_err(Error::system("making an eventfd"))?);
         let recover = new_way_on()?;
         let way_on = Way::Recover(recover.clone(), orders.clone());
-        let mut run = Run::new(cancel, inner.capabilities, way_on)?;
+        let fence = inner.fence.clone();
+        let mut run = Run::new(cancel, inner.capabilities, way_on, fence)?;
         let listener = announced(listener, &run.report, &run.links);
         let job = live::Job {
             guest: self.guest.clone(),
@@ -298,6 +318,7 @@ impl Migrator {
             links: run.links.clone(),
             orders,
             recover,
+            colo: run.colo.clone(),
         };
         run.start(Role::DestinationMain, move || live::run(&job, listener))?;
         inner.run = Some(run);
@@ -507,6 +528,35 @@ impl Migrator {
             }
             _ => Err(Error::Refused(format!("Migration not in expected state: {state}"))),
         }
+    }
+
+    /// `query-colo-status`: which part this VM has in COLO, or had.
+    pub fn colo_status(&self) -> ColoStatus {
+        self.colo().map(|colo| colo.status()).unwrap_or_default()
+    }
+
+    /// `x-colo-lost-heartbeat`: the other side of COLO is gone, whatever the connection says. The
+    /// guest of a primary goes on alone; a secondary finishes or abandons the checkpoint that is
+    /// coming, and takes the guest over. To say so of a primary that is not gone is to run the guest
+    /// twice.
+    pub fn colo_lost_heartbeat(&self) -> Result<(), Error> {
+        self.colo().ok_or_else(crate::colo::not_in_colo)?.lose_heartbeat()
+    }
+
+    /// Has a primary take a checkpoint now, whatever `x-checkpoint-delay` says.
+    pub fn colo_checkpoint(&self) -> Result<(), Error> {
+        self.colo().ok_or_else(crate::colo::not_in_colo)?.want_checkpoint()
+    }
+
+    /// What makes certain that the primary runs no more, when a secondary has lost it: called from
+    /// the migration's thread, and the guest is taken over only if it returns without an error. It
+    /// must return, and it counts for what comes in from then on.
+    pub fn set_fence(&self, fence: impl Fn() -> Result<(), VmError> + Send + Sync + 'static) {
+        self.lock().fence = Some(Arc::new(fence));
+    }
+
+    fn colo(&self) -> Option<Arc<Replication>> {
+        self.lock().run.as_ref().map(|run| run.colo.clone())
     }
 
     /// How the migration stands, or how the last one ended.

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::colo::Replication;
 use crate::latency::Latencies;
 use crate::status::{
     AnswerStats, MigrationInfo, MigrationStats, MigrationStatus, SocketAddressInfo,
@@ -69,6 +70,7 @@ pub(crate) struct Report {
     answers: Mutex<Answered>,
     faults: OnceLock<Arc<dyn FaultReport>>,
     migration: OnceLock<[u8; 16]>,
+    colo: OnceLock<Arc<Replication>>,
 }
 
 /// What a source knows of the requests it answered. Locked for one at a time.
@@ -121,6 +123,7 @@ impl Report {
             answers: Mutex::default(),
             faults: OnceLock::new(),
             migration: OnceLock::new(),
+            colo: OnceLock::new(),
         }
     }
 
@@ -137,6 +140,11 @@ impl Report {
     /// From here on the report has what `faults` knows. Once.
     pub(crate) fn set_faults(&self, faults: Arc<dyn FaultReport>) {
         assert!(self.faults.set(faults).is_ok(), "one guest arrives once");
+    }
+
+    /// From here on the report has the checkpoints of COLO. Once.
+    pub(crate) fn set_colo(&self, colo: Arc<Replication>) {
+        assert!(self.colo.set(colo).is_ok(), "a migration has one other side");
     }
 
     /// When the migration began.
@@ -221,6 +229,7 @@ impl Report {
             status: Some(status),
             error_desc: slow.error,
             socket_address: slow.socket_address,
+            colo: self.colo.get().and_then(|colo| colo.stats()),
             ..MigrationInfo::default()
         };
         if self.side == Side::Destination {

@@ -32,11 +32,13 @@ pub enum Capability {
     ZeroCopySend,
     /// Give the pages that a guest waits for a channel of their own.
     PostcopyPreempt,
+    /// Keep a second VM in step with the guest, checkpoint after checkpoint, instead of moving it.
+    XColo,
 }
 
 impl Capability {
     /// All of them, in QMP's order.
-    pub const ALL: [Capability; 11] = [
+    pub const ALL: [Capability; 12] = [
         Capability::Xbzrle,
         Capability::AutoConverge,
         Capability::Events,
@@ -48,6 +50,7 @@ impl Capability {
         Capability::ValidateUuid,
         Capability::ZeroCopySend,
         Capability::PostcopyPreempt,
+        Capability::XColo,
     ];
 
     /// QMP's name.
@@ -64,6 +67,7 @@ impl Capability {
             Capability::ValidateUuid => "validate-uuid",
             Capability::ZeroCopySend => "zero-copy-send",
             Capability::PostcopyPreempt => "postcopy-preempt",
+            Capability::XColo => "x-colo",
         }
     }
 }
@@ -97,15 +101,20 @@ impl Capabilities {
         for (capability, needed) in [
             (Capability::PostcopyPreempt, Capability::PostcopyRam),
             (Capability::ZeroCopySend, Capability::Multifd),
+            (Capability::XColo, Capability::ReturnPath),
         ] {
             if self.has(capability) && !self.has(needed) {
                 return Err(SettingError::Needs { capability, needed });
             }
         }
-        let (capability, other) = (Capability::Multifd, Capability::Xbzrle);
-        match self.has(capability) && self.has(other) {
-            true => Err(SettingError::Excludes { capability, other }),
-            false => Ok(()),
+        let excludes = [
+            (Capability::Multifd, Capability::Xbzrle),
+            (Capability::XColo, Capability::PostcopyRam),
+            (Capability::XColo, Capability::Xbzrle),
+        ];
+        match excludes.iter().find(|(one, other)| self.has(*one) && self.has(*other)) {
+            Some(&(capability, other)) => Err(SettingError::Excludes { capability, other }),
+            None => Ok(()),
         }
     }
 }
@@ -194,6 +203,19 @@ pub enum AutoRecover {
     Off,
 }
 
+/// What a survivor of COLO does when its other side is lost (`x-colo-failover`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ColoFailover {
+    /// A primary goes on alone. A secondary takes over as soon as the primary is certain to run no
+    /// more, which a fence says ([`Migrator::set_fence`](crate::Migrator::set_fence)); without one
+    /// it waits for `x-colo-lost-heartbeat`.
+    #[default]
+    Auto,
+    /// Both wait for `x-colo-lost-heartbeat`, as QEMU does.
+    Manual,
+}
+
 /// What can be tuned (`MigrationParameters`), in full.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", default)]
@@ -245,6 +267,10 @@ pub struct Parameters {
     /// A peer that is silent for so long, in ms, has gone: one that takes nothing of what is sent,
     /// or that says nothing where it had to. 0 is to wait for ever; 100 is the least otherwise.
     pub silence_limit: u64,
+    /// How long after a checkpoint the next one is taken, in ms, with capability `x-colo`. 1 at least.
+    pub x_checkpoint_delay: u64,
+    /// What a survivor of COLO does by itself.
+    pub x_colo_failover: ColoFailover,
 }
 
 impl Default for Parameters {
@@ -272,6 +298,8 @@ impl Default for Parameters {
             recover_time_limit: 300,
             recover_uri: String::new(),
             silence_limit: 30_000,
+            x_checkpoint_delay: 20_000,
+            x_colo_failover: ColoFailover::Auto,
         }
     }
 }
@@ -317,6 +345,13 @@ impl Parameters {
                 name: "silence-limit",
                 expected: "0, or 100 ms or more",
                 found: self.silence_limit,
+            });
+        }
+        if self.x_checkpoint_delay == 0 {
+            return Err(SettingError::Range {
+                name: "x-checkpoint-delay",
+                expected: "1 ms or more",
+                found: 0,
             });
         }
         check_recover_uri(&self.recover_uri)?;

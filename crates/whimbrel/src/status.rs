@@ -33,6 +33,8 @@ pub enum MigrationStatus {
     PostcopyRecoverSetup,
     /// Connected anew: the destination says what it has.
     PostcopyRecover,
+    /// Two VMs are kept in step, checkpoint after checkpoint.
+    Colo,
     /// The guest is at the destination, whole.
     Completed,
     /// Ended by an error.
@@ -55,6 +57,7 @@ impl MigrationStatus {
             MigrationStatus::PostcopyPaused => "postcopy-paused",
             MigrationStatus::PostcopyRecoverSetup => "postcopy-recover-setup",
             MigrationStatus::PostcopyRecover => "postcopy-recover",
+            MigrationStatus::Colo => "colo",
             MigrationStatus::Completed => "completed",
             MigrationStatus::Failed => "failed",
         }
@@ -94,7 +97,8 @@ impl MigrationStatus {
             | MigrationStatus::PostcopyActive
             | MigrationStatus::PostcopyPaused
             | MigrationStatus::PostcopyRecoverSetup
-            | MigrationStatus::PostcopyRecover => true,
+            | MigrationStatus::PostcopyRecover
+            | MigrationStatus::Colo => true,
             MigrationStatus::None
             | MigrationStatus::Cancelled
             | MigrationStatus::Completed
@@ -125,6 +129,9 @@ pub enum RunState {
     FinishMigrate,
     /// Gone: it runs at the destination.
     Postmigrate,
+    /// At a primary of COLO, stopped for a checkpoint. At a secondary, a copy of the primary's guest
+    /// for as long as that runs.
+    Colo,
     /// A resource failed it.
     InternalError,
 }
@@ -139,8 +146,14 @@ impl RunState {
             RunState::Paused => "paused",
             RunState::FinishMigrate => "finish-migrate",
             RunState::Postmigrate => "postmigrate",
+            RunState::Colo => "colo",
             RunState::InternalError => "internal-error",
         }
+    }
+
+    /// Whether a migration has stopped the guest, and lets it run again soon or gives it away.
+    pub(crate) fn is_held_by_migration(self) -> bool {
+        matches!(self, RunState::FinishMigrate | RunState::Colo)
     }
 }
 
@@ -202,6 +215,9 @@ pub struct MigrationInfo {
     /// Whimbrel's own: how a source answered requests for pages.
     #[serde(rename = "x-answers", skip_serializing_if = "Option::is_none")]
     pub answers: Option<AnswerStats>,
+    /// Whimbrel's own: the checkpoints of COLO so far.
+    #[serde(rename = "x-colo", skip_serializing_if = "Option::is_none")]
+    pub colo: Option<ColoStats>,
     /// Where a destination listens.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket_address: Option<Vec<SocketAddressInfo>>,
@@ -254,6 +270,83 @@ pub struct AnswerStats {
     pub queued_us: Latency,
     /// Requests for pages that had gone already, or were going.
     pub already_sent: u64,
+}
+
+/// The checkpoints of COLO.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct ColoStats {
+    /// How many are complete.
+    pub checkpoints: u64,
+    /// At a primary, pages sent in them; at a secondary, pages copied to its guest.
+    pub pages: u64,
+    /// How long the guest stood still for each.
+    pub stop_us: Latency,
+    /// The part of it in which memory was sent, at a primary, or copied to the guest.
+    pub memory_us: Latency,
+}
+
+/// Which part a VM has in COLO (`COLOMode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ColoMode {
+    /// None.
+    #[default]
+    None,
+    /// Its guest is the one that counts.
+    Primary,
+    /// It is kept in step.
+    Secondary,
+}
+
+impl ColoMode {
+    /// QMP's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            ColoMode::None => "none",
+            ColoMode::Primary => "primary",
+            ColoMode::Secondary => "secondary",
+        }
+    }
+}
+
+/// Why COLO ended (`COLOExitReason`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ColoExitReason {
+    /// It did not.
+    #[default]
+    None,
+    /// On request (`x-colo-lost-heartbeat`).
+    Request,
+    /// The other side was lost.
+    Error,
+    /// It is just ending.
+    Processing,
+}
+
+impl ColoExitReason {
+    /// QMP's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            ColoExitReason::None => "none",
+            ColoExitReason::Request => "request",
+            ColoExitReason::Error => "error",
+            ColoExitReason::Processing => "processing",
+        }
+    }
+}
+
+/// What `query-colo-status` answers (`COLOStatus`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct ColoStatus {
+    /// Which part this VM has now.
+    pub mode: ColoMode,
+    /// Which it had last.
+    pub last_mode: ColoMode,
+    /// Why that ended.
+    pub reason: ColoExitReason,
 }
 
 /// RAM's part of the report (`MigrationStats`).
@@ -350,4 +443,11 @@ pub enum Event {
     Stop,
     /// `RESUME`: it runs.
     Resume,
+    /// `COLO_EXIT`: this VM, which had that part in COLO, goes on alone, or is about to.
+    ColoExit {
+        /// Which part it had.
+        mode: ColoMode,
+        /// Why it ended.
+        reason: ColoExitReason,
+    },
 }

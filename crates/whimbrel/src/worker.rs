@@ -36,6 +36,8 @@ pub(crate) enum Role {
     DestinationLoader(u8),
     /// Looks who comes back when the link has broken.
     DestinationDoor,
+    /// Copies a checkpoint to the guest, beside `dest/main`.
+    DestinationFlush(u8),
     /// Makes huge pages of small ones that have all arrived.
     DestinationRestore,
     /// Touches pages in the place of a guest that is only kept.
@@ -61,6 +63,7 @@ impl Role {
             Role::DestinationLoad => "dest/load",
             Role::DestinationLoader(number) => return format!("dest/load-{number}").into(),
             Role::DestinationDoor => "dest/door",
+            Role::DestinationFlush(number) => return format!("dest/flush-{number}").into(),
             Role::DestinationRestore => "dest/restore",
             Role::DestinationTouch => "dest/touch",
             Role::DestinationWrite => "dest/write",
@@ -411,6 +414,7 @@ mod tests {
             Role::DestinationLoad,
             Role::DestinationLoader(255),
             Role::DestinationDoor,
+            Role::DestinationFlush(255),
             Role::DestinationRestore,
             Role::DestinationTouch,
             Role::DestinationWrite,

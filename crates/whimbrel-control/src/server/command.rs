@@ -16,7 +16,7 @@ type Outcome = Result<Value, QmpError>;
 type Run = fn(Arguments, &dyn Backend) -> Outcome;
 
 /// Every command but the two that a session answers itself.
-const COMMANDS: [(&str, Run); 23] = [
+const COMMANDS: [(&str, Run); 26] = [
     ("cont", cont),
     ("migrate", migrate),
     ("migrate-continue", migrate_continue),
@@ -29,6 +29,7 @@ const COMMANDS: [(&str, Run); 23] = [
     ("migrate_cancel", migrate_cancel),
     ("object-add", object::add),
     ("object-del", object::delete),
+    ("query-colo-status", query_colo_status),
     ("query-commands", query_commands),
     ("query-migrate", query_migrate),
     ("query-migrate-capabilities", query_migrate_capabilities),
@@ -39,6 +40,8 @@ const COMMANDS: [(&str, Run); 23] = [
     ("query-version", query_version),
     ("query-yank", yank::query),
     ("stop", stop),
+    ("x-colo-checkpoint", colo_checkpoint),
+    ("x-colo-lost-heartbeat", colo_lost_heartbeat),
     ("yank", yank::yank),
 ];
 
@@ -47,7 +50,8 @@ const SESSION_COMMANDS: [&str; 2] = ["qmp_capabilities", "quit"];
 
 /// Commands that may overtake others (`exec-oob`): what helps a client whose earlier command waits
 /// for a migration, or for a guest that waits for one.
-const OUT_OF_BAND: [&str; 3] = ["migrate-pause", "migrate-recover", "yank"];
+const OUT_OF_BAND: [&str; 4] =
+    ["migrate-pause", "migrate-recover", "x-colo-lost-heartbeat", "yank"];
 
 /// Executes a command that is to overtake others.
 pub(super) fn execute_out_of_band(
@@ -139,6 +143,22 @@ fn migrate_continue(mut arguments: Arguments, backend: &dyn Backend) -> Outcome 
 fn migrate_pause(arguments: Arguments, backend: &dyn Backend) -> Outcome {
     arguments.finish()?;
     done(backend.migrate_pause())
+}
+
+fn query_colo_status(arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    arguments.finish()?;
+    serde_json::to_value(backend.colo_status()).map_err(QmpError::generic)
+}
+
+fn colo_lost_heartbeat(arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    arguments.finish()?;
+    done(backend.colo_lost_heartbeat())
+}
+
+/// Whimbrel's own: QEMU's checkpoints on demand are asked for by its packet comparison.
+fn colo_checkpoint(arguments: Arguments, backend: &dyn Backend) -> Outcome {
+    arguments.finish()?;
+    done(backend.colo_checkpoint())
 }
 
 /// QEMU knows `uri` alone.

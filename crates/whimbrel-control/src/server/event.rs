@@ -9,7 +9,7 @@ use whimbrel::{Capabilities, Capability, Event};
 pub(super) fn is_wanted(event: &Event, capabilities: impl FnOnce() -> Capabilities) -> bool {
     match event {
         Event::Migration(_) | Event::MigrationPass(_) => capabilities().has(Capability::Events),
-        Event::Stop | Event::Resume => true,
+        Event::Stop | Event::Resume | Event::ColoExit { .. } => true,
     }
 }
 
@@ -20,6 +20,10 @@ pub(super) fn line(event: &Event) -> Vec<u8> {
         Event::MigrationPass(pass) => stamped("MIGRATION_PASS", Some(json!({ "pass": pass }))),
         Event::Stop => stamped("STOP", None),
         Event::Resume => stamped("RESUME", None),
+        Event::ColoExit { mode, reason } => {
+            let data = json!({ "mode": mode.name(), "reason": reason.name() });
+            stamped("COLO_EXIT", Some(data))
+        }
     }
 }
 

@@ -51,6 +51,18 @@ impl DirtyBits {
         self.blocks[block.index()][word] & (1 << (page.0 % 64)) != 0
     }
 
+    /// The dirty pages in runs, as long as can be: block, first page, how many.
+    pub fn runs(&self) -> impl Iterator<Item = (BlockIndex, u64, u64)> {
+        (0u16..).map(BlockIndex).zip(&self.blocks).flat_map(|(block, words)| {
+            let mut at = 0;
+            std::iter::from_fn(move || {
+                let start = next(words, at, |word| word)?;
+                at = next(words, start, |word| !word).unwrap_or(words.len() as u64 * 64);
+                Some((block, start, at - start))
+            })
+        })
+    }
+
     /// Adds all pages of `other`, which is of the same RAM.
     pub fn merge(&mut self, other: &DirtyBits) {
         for (mine, theirs) in self.blocks.iter_mut().zip(&other.blocks) {
@@ -64,6 +76,16 @@ impl DirtyBits {
     pub fn count(&self) -> u64 {
         self.blocks.iter().flatten().map(|word| u64::from(word.count_ones())).sum()
     }
+}
+
+/// The first bit at `from` or behind it that is set in what `look` makes of its word.
+fn next(words: &[u64], from: u64, look: impl Fn(u64) -> u64) -> Option<u64> {
+    let first = usize::try_from(from / 64).expect("RAM fits in memory");
+    let mut mask = u64::MAX << (from % 64);
+    words.iter().enumerate().skip(first).find_map(|(at, &word)| {
+        let bits = look(word) & std::mem::replace(&mut mask, u64::MAX);
+        (bits != 0).then(|| at as u64 * 64 + u64::from(bits.trailing_zeros()))
+    })
 }
 
 /// Pages that were taken from a log and given back, until the next take.
@@ -94,6 +116,19 @@ mod tests {
     use crate::{BlockIndex, GuestRam, RamBlock, TargetPage};
 
     #[test]
+    fn runs_are_as_long_as_can_be() {
+        let block = |name, pages: u64| RamBlock::anonymous(name, 0, pages * 4096).unwrap();
+        let ram = GuestRam::new(vec![block("a", 200), block("b", 64)]);
+        let mut bits = DirtyBits::none(&ram);
+        let runs = [(0, 0, 1), (0, 2, 1), (0, 60, 80), (0, 199, 1), (1, 63, 1)];
+        let runs = runs.map(|(block, first, count)| (BlockIndex(block), first, count));
+        for (block, first, count) in runs {
+            bits.insert(block, TargetPage(first), count);
+        }
+        assert!(bits.runs().eq(runs));
+    }
+
+    #[test]
     fn insert_sets_exactly_its_pages() {
         let block = RamBlock::anonymous("ram", 0, 200 * 4096).unwrap();
         let ram = GuestRam::new(vec![block]);
@@ -103,6 +138,8 @@ mod tests {
             let set = (0..200).filter(|&page| bits.contains(BlockIndex(0), TargetPage(page)));
             assert!(set.eq(first..first + count));
             assert_eq!(bits.count(), count);
+            let run = (count > 0).then_some((BlockIndex(0), first, count));
+            assert!(bits.runs().eq(run));
         }
     }
 }

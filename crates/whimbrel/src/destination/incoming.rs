@@ -1,10 +1,12 @@
 //! One stream from its header to its end: what is said is checked, what is sent is placed.
 
+mod checkpoint;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, Received, TARGET_PAGE};
+use whimbrel_ram::{BlockIndex, GuestRam, RamBlock, RamCache, Received, TARGET_PAGE};
 use whimbrel_wire::recovery::{FAREWELL, Identity};
 use whimbrel_wire::{
     BlockList, Command, Configuration, Decoded, DeviceSection, DeviceState, MainDecoder,
@@ -16,7 +18,7 @@ use super::door::Back;
 use super::farewell;
 use super::held::HeldSections;
 use super::input::Input;
-use super::multifd::{PacketInput, Receivers, Target};
+use super::multifd::{Cached, PacketInput, Receivers, Target};
 use super::placing::{Place, Placing};
 use super::postcopy::{self, Begun, Failed, Terms};
 use crate::channel::{Arrivals, Channel, Listener};
@@ -50,7 +52,7 @@ pub(crate) trait Host: Send {
     }
 
     /// RAM is complete and so are the devices: the source asks whether they could be loaded, or
-    /// gives the right to run the guest. Called once.
+    /// gives the right to run the guest. Called once, and in COLO for each checkpoint.
     fn load(&mut self, devices: Devices) -> Result<(), Error>;
 
     /// Whether a guest may come before its RAM (capability `postcopy-ram`).
@@ -114,6 +116,16 @@ pub(crate) struct Incoming {
     /// What makes the migration itself, where it comes from a whimbrel.
     identity: Option<Identity>,
     setup: Option<Setup>,
+    /// With capability `x-colo`.
+    replica: Option<Replica>,
+}
+
+/// What becomes of a guest that is to be kept in step, and not moved.
+#[derive(Clone, Debug, Default)]
+struct Replica {
+    /// The source has said that it wants it so. One of QEMU 11 and later does not say so.
+    enabled: bool,
+    cache: Option<Arc<RamCache>>,
 }
 
 /// The RAM of a stream.
@@ -147,7 +159,15 @@ impl Incoming {
             agreed: Features::default(),
             identity: None,
             setup: None,
+            replica: None,
         }
+    }
+
+    /// The guest that comes is to be kept in step with its source (capability `x-colo`).
+    pub(crate) fn kept_in_step(self) -> Incoming {
+        let options = MainOptions { colo: true, ..MainOptions::default() };
+        let input = Input::new(self.input.into_channel(), MainDecoder::new(options));
+        Incoming { input, replica: Some(Replica::default()), ..self }
     }
 
     /// Counts the bytes of RAM that have been placed in `placed`.
@@ -318,6 +338,17 @@ impl Incoming {
         };
         let blocks: Vec<BlockIndex> = announced.iter().map(|(_, info)| place(info)).collect();
         let received = self.advised.then(|| Arc::new(Received::new(&ram)));
+        if let Some(replica) = &mut self.replica {
+            if self.own_machine && !replica.enabled {
+                return Err(Error::Refused(
+                    "main channel: capability x-colo is on here, and off at the source: set the same \
+                     on both sides"
+                        .into(),
+                ));
+            }
+            replica.cache = Some(Arc::new(RamCache::new(&ram)?));
+        }
+        let cache = self.replica.as_ref().and_then(|replica| replica.cache.clone());
         let target = Arc::new(Target {
             content: Arc::new(Received::new(&ram)),
             ram: ram.clone(),
@@ -325,9 +356,10 @@ impl Incoming {
             arrived: received.clone(),
             placed: self.placed.clone(),
             changes: host.changes(),
+            cache: cache.map(Cached::Beside),
         });
         if !self.channels.is_empty() {
-            let channels = std::mem::take(&mut self.channels);
+            let channels = self.channels.drain(..).map(PacketInput::new).collect();
             self.receivers = Some(Receivers::start(channels, &target, &self.stop)?);
         }
         let mut placing = Placing::new(target, blocks.clone());
@@ -407,6 +439,17 @@ impl Incoming {
                 Ok(())
             }
             Command::SwitchoverStart => Ok(()),
+            Command::EnableColo => match &mut self.replica {
+                Some(replica) => {
+                    replica.enabled = true;
+                    Ok(())
+                }
+                None => Err(Error::Refused(
+                    "main channel: capability x-colo is on at the source, and off here: set the same \
+                     on both sides"
+                        .into(),
+                )),
+            },
             other => Err(unsupported(other.name())),
         }
     }

@@ -8,6 +8,7 @@ use whimbrel_wire::{BlockList, Configuration, DeviceSection};
 use super::incoming::{Arrived, Devices, Host, Incoming};
 use super::postcopy::{Failed, Terms};
 use crate::channel::{Arrivals, Listener};
+use crate::colo::{Replication, secondary};
 use crate::error::Error;
 use crate::global_state;
 use crate::guest::Guest;
@@ -40,10 +41,12 @@ pub(crate) struct Job {
     pub(crate) orders: Arc<Orders>,
     /// `migrate-recover`.
     pub(crate) recover: Arc<WayOn<Listener>>,
+    /// With capability `x-colo`.
+    pub(crate) colo: Arc<Replication>,
 }
 
 impl Job {
-    fn set_status(&self, status: MigrationStatus) {
+    pub(crate) fn set_status(&self, status: MigrationStatus) {
         if self.report.set_status(status) {
             self.guest.emit(&Event::Migration(status));
         }
@@ -97,6 +100,9 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     job.set_status(MigrationStatus::Active);
     let stop = arrivals.stop.clone();
     let mut incoming = Incoming::new(arrivals);
+    if job.capabilities.has(Capability::XColo) {
+        incoming = incoming.kept_in_step();
+    }
     let mut waiting = Waiting { job, runs: true };
     let preempt = job.capabilities.has(Capability::PostcopyPreempt);
     let mut receive = || incoming.receive(&mut waiting);
@@ -114,6 +120,9 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
     let listener = match arrived {
         Arrived::Whole => {
             drop(listener); // The address is free again.
+            if job.capabilities.has(Capability::XColo) {
+                return secondary::run(job, incoming, &mut waiting);
+            }
             // The source has given up the right to run the guest: its stream says so.
             match waiting.start() {
                 Ok(()) => job.set_status(MigrationStatus::Completed),
@@ -179,17 +188,24 @@ fn pause(job: &Job, error: &Error, absent: AbsentRam) {
     std::mem::forget(absent);
 }
 
-struct Waiting<'j> {
+/// A VM that takes its guest in.
+pub(crate) struct Waiting<'j> {
     job: &'j Job,
+    /// It ran at the source.
     runs: bool,
 }
 
 impl Waiting<'_> {
+    /// Whether the guest that was loaded last is to run.
+    pub(crate) fn is_to_run(&self) -> bool {
+        self.runs && self.job.autostart
+    }
+
     /// The right to run the guest has come.
     fn start(&self) -> Result<(), Error> {
         let guest = &self.job.guest;
         let right = guest.right_has_come();
-        let started = match self.runs && self.job.autostart {
+        let started = match self.is_to_run() {
             true => guest.resume(&right).map(|()| RunState::Running),
             false => Ok(RunState::Paused),
         };

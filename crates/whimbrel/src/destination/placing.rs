@@ -109,7 +109,15 @@ mod tests {
         let block = |name| RamBlock::anonymous(name, 0, 1 << 20).expect("1 MiB");
         let ram = GuestRam::new(vec![block("a"), block("b")]);
         let (content, arrived) = (Arc::new(Received::new(&ram)), None);
-        let target = Target { ram, content, fresh, arrived, placed: Arc::default(), changes: None };
+        let target = Target {
+            ram,
+            content,
+            fresh,
+            arrived,
+            placed: Arc::default(),
+            changes: None,
+            cache: None,
+        };
         Placing::new(Arc::new(target), vec![BlockIndex(1), BlockIndex(0)])
     }
 

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::{BlockIndex, GuestRam};
-use whimbrel_wire::{BlockOffset, Name, ReturnDecoded, ReturnDecoder, ReturnMessage, TargetPage};
+use whimbrel_wire::{
+    BlockOffset, ColoMessage, Name, ReturnDecoded, ReturnDecoder, ReturnMessage, TargetPage,
+};
 
 use crate::channel::Channel;
 use crate::error::Error;
@@ -67,6 +69,8 @@ pub(crate) enum Answer {
     Resumed,
     /// The last word: 0 is success.
     Shut(u32),
+    /// A word of COLO, which goes on behind that.
+    Colo(ColoMessage),
     /// The destination closed its direction.
     End,
 }
@@ -90,6 +94,11 @@ impl Answers {
     /// `None` is to wait for ever.
     pub(crate) fn wait_no_longer_than(&mut self, silence: Option<Duration>) {
         self.patience = silence.map_or(LOOK, |silence| silence.max(LOADING));
+    }
+
+    /// COLO's words follow SHUT. Before anything has come.
+    pub(crate) fn with_colo(self) -> Answers {
+        Answers { decoder: ReturnDecoder::with_colo(TargetPage::FOUR_KIB), ..self }
     }
 
     fn silent(&self) -> Result<(), Error> {
@@ -176,6 +185,24 @@ impl Answers {
         }
     }
 
+    /// Waits for one of COLO's words, for `limit` at most.
+    pub(crate) fn wait_for_colo(
+        &mut self,
+        channel: &mut Channel,
+        message: ColoMessage,
+        limit: Duration,
+    ) -> Result<(), Error> {
+        match self.next(channel, Instant::now() + limit)? {
+            Some(Answer::Colo(found)) if found == message => Ok(()),
+            Some(Answer::Colo(found)) => {
+                Err(self.wrong(&format!("expected {message:?}, found {found:?}")))
+            }
+            Some(Answer::End) => Err(Error::PeerGone),
+            Some(_) => Err(self.meaningless("another answer")),
+            None => Err(Error::Silent { channel: "return path", limit }),
+        }
+    }
+
     /// Waits for SHUT for `time` at most.
     pub(crate) fn shut_within(
         &mut self,
@@ -219,7 +246,7 @@ impl Answers {
                         continue;
                     }
                     ReturnDecoded::BitmapEnd => return self.end_bitmap().map(Some),
-                    ReturnDecoded::Colo(_) => return Err(self.meaningless("a checkpoint")),
+                    ReturnDecoded::Colo(message) => return Ok(Some(Answer::Colo(message))),
                 }
             }
             self.buffer.copy_within(self.start..self.end, 0);
@@ -310,6 +337,7 @@ impl Answers {
             Answer::Request { .. } => Err(self.meaningless("a request for pages")),
             Answer::Bitmap { .. } => Err(self.meaningless("a bitmap")),
             Answer::Resumed => Err(self.meaningless("RESUME_ACK")),
+            Answer::Colo(message) => Err(self.meaningless(&format!("{message:?}"))),
         }
     }
 

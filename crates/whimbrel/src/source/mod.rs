@@ -22,8 +22,8 @@ pub(crate) mod recover;
 mod said;
 mod session;
 pub(crate) mod setup;
-mod switchover;
-mod undo;
+pub(crate) mod switchover;
+pub(crate) mod undo;
 mod urgent;
 mod wanted;
 mod xbzrle;
@@ -35,6 +35,8 @@ use whimbrel_ram::PageMap;
 use whimbrel_wire::Command;
 
 use crate::channel::Route;
+use crate::colo::Replication;
+use crate::colo::primary::{self, Primary};
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
 use crate::hello::{Features, PING_PARKED};
@@ -69,6 +71,8 @@ pub(crate) struct Job {
     pub(crate) links: Links,
     /// `migrate` with `resume`.
     pub(crate) resume: Arc<WayOn<Route>>,
+    /// With capability `x-colo`.
+    pub(crate) colo: Arc<Replication>,
 }
 
 impl Job {
@@ -100,7 +104,7 @@ impl Job {
 
 /// How the guest stands when its migration ends.
 #[derive(Debug)]
-enum Held {
+pub(crate) enum Held {
     /// It runs, or is stopped on request: the right is where it was.
     Untouched,
     /// It was stopped for the switchover; `before` says in which state it had been.
@@ -142,8 +146,13 @@ struct Begun<'j> {
 
 fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
     let Begun { mut stream, mut channels, map, log } = prepare(job).map_err(Failed::Before)?;
+    let ends = match &channels {
+        Some((channels, _)) => Ok(channels.stop().clone()),
+        None => job.cancel.part().map_err(Error::system("making an eventfd")),
+    };
+    let ends = &ends.map_err(Failed::Before)?;
     let switch = match &mut channels {
-        None => send_first(job, held, &mut stream, &map, &log, None),
+        None => send_first(job, held, &mut stream, &map, &log, (None, ends)),
         Some((channels, _)) => {
             let ram = job.guest.vm().ram();
             // A kernel that cannot tell what was touched has every page looked at.
@@ -155,10 +164,20 @@ fn migrate(job: &Job, held: &mut Held) -> Result<(), Failed> {
                 supply: None,
                 beside: None,
             };
-            let lead = |crew: &Crew<'_>| send_first(job, held, &mut stream, &map, &log, Some(crew));
+            let lead = |crew: &Crew<'_>| {
+                send_first(job, held, &mut stream, &map, &log, (Some(crew), ends))
+            };
             channels.send(&map, terms, lead)
         }
     };
+    if let Err(error) = &switch
+        && job.colo.has_begun()
+    {
+        drop((stream, channels)); // If the secondary is not dead it is to know.
+        log.delivered();
+        primary::go_on_alone(job, held, error);
+        return Ok(());
+    }
     let switch = switch.map_err(|error| {
         stream.out.channel().heed(job.cancel.clone());
         Failed::Before(stream.explain(error))
@@ -218,19 +237,24 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
     Ok(Begun { stream, channels, map, log })
 }
 
-/// RAM while the guest runs; and where the guest goes last, the rest of it, too.
+/// RAM while the guest runs; and where the guest goes last, the rest of it, too. With capability
+/// `x-colo` it does not go, and this returns when it is to go on alone.
 fn send_first(
     job: &Job,
     held: &mut Held,
     stream: &mut Stream,
     map: &PageMap,
     log: &Logging<'_>,
-    crew: Option<&Crew<'_>>,
+    (crew, ends): (Option<&Crew<'_>>, &Cancel),
 ) -> Result<Switch, Error> {
     let switch = Precopy::new(job, map, log, crew).run(stream)?;
     if switch == Switch::Precopy {
         switchover::stop(job, held)?;
         switchover::send_rest(job, map, log, crew, stream)?;
+        if job.has(Capability::XColo) {
+            let mut primary = Primary { job, held, map, log, crew, stream };
+            match primary.run(ends)? {}
+        }
     }
     Ok(switch)
 }

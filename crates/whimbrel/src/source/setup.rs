@@ -85,7 +85,17 @@ pub(crate) fn begin(
         postcopy: job.has(Capability::PostcopyRam),
         multifd,
     };
-    announcement.send(channel, |_| {})
+    let colo = job.has(Capability::XColo);
+    let early = |words: &mut Vec<u8>| {
+        if colo {
+            Command::EnableColo.encode(words);
+        }
+    };
+    let mut stream = announcement.send(channel, early)?;
+    if colo {
+        stream.answers = stream.answers.map(Answers::with_colo);
+    }
+    Ok(stream)
 }
 
 /// What a stream says of itself before the first page.
@@ -102,8 +112,7 @@ pub(crate) struct Announcement<'a> {
 }
 
 impl Announcement<'_> {
-    /// Sends everything up to the first page. `early` appends the sections that have to come
-    /// before RAM.
+    /// Sends everything up to the first page. `early` appends what else has to come before RAM.
     pub(crate) fn send(
         &self,
         channel: Channel,

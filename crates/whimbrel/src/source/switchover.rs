@@ -48,7 +48,7 @@ fn wait_for_continue(job: &Job) -> Result<(), Error> {
 }
 
 /// Sends every page that is still dirty, unpaced, as the `ram` section's END.
-pub(super) fn send_rest(
+pub(crate) fn send_rest(
     job: &Job,
     map: &PageMap,
     log: &Logging<'_>,
@@ -112,7 +112,7 @@ fn rest_on_channels(
 }
 
 /// Every device's state, as sections of our own kind.
-pub(super) fn device_sections(job: &Job, held: &Held) -> Result<Vec<DeviceSection>, Error> {
+pub(crate) fn device_sections(job: &Job, held: &Held) -> Result<Vec<DeviceSection>, Error> {
     let runs = matches!(held, Held::Stopped { before: RunState::Running, .. });
     own_devices::sections(job.guest.vm(), runs)
 }

@@ -8,11 +8,12 @@ use whimbrel_ram::{Claim, PageMap, TargetPage};
 use super::multifd::Log;
 use super::{Held, Job};
 use crate::error::Error;
+use crate::guest::Guest;
 use crate::status::{MigrationStatus, RunState};
 
 /// A dirty log that is on. Dropped before [`delivered`](Logging::delivered), every page taken from
 /// it is put back.
-pub(super) struct Logging<'v> {
+pub(crate) struct Logging<'v> {
     log: &'v dyn DirtyLog,
     /// All that was taken so far; of this migration's thread alone.
     taken: RefCell<Option<DirtyBits>>,
@@ -60,7 +61,7 @@ impl<'v> Logging<'v> {
     }
 
     /// The destination has it all.
-    pub(super) fn delivered(self) {
+    pub(crate) fn delivered(self) {
         self.taken.take();
     }
 }
@@ -74,27 +75,31 @@ impl Drop for Logging<'_> {
     }
 }
 
+/// Lets a guest that was stopped for the migration's sake be as it was before.
+pub(crate) fn give_back(guest: &Guest, held: &mut Held) -> Result<(), Error> {
+    let Held::Stopped { right, before } = std::mem::replace(held, Held::Untouched) else {
+        return Ok(());
+    };
+    let before = match before {
+        RunState::Running if guest.stop_was_asked() => RunState::Paused,
+        before => before,
+    };
+    let resumed = match before {
+        RunState::Running => guest.resume(&right),
+        _ => Ok(()),
+    };
+    let state = if resumed.is_ok() { before } else { RunState::InternalError };
+    guest.put_right(right, state);
+    resumed
+}
+
 /// Ends a migration that did not come through.
 pub(super) fn undo(job: &Job, held: Held, error: Error) {
     let cancelled = job.cancel.is_set() && !matches!(error, Error::InDoubt { .. });
     let mut text = error.to_string();
-    if let Held::Stopped { right, before } = held {
-        let before = match before {
-            RunState::Running if job.guest.stop_was_asked() => RunState::Paused,
-            before => before,
-        };
-        let resumed = match before {
-            RunState::Running => job.guest.resume(&right),
-            _ => Ok(()),
-        };
-        let state = match &resumed {
-            Ok(()) => before,
-            Err(error) => {
-                text = format!("{text}; then {error}");
-                RunState::InternalError
-            }
-        };
-        job.guest.put_right(right, state);
+    let mut held = held;
+    if let Err(error) = give_back(&job.guest, &mut held) {
+        text = format!("{text}; then {error}");
     }
     if cancelled {
         job.set_status(MigrationStatus::Cancelling);

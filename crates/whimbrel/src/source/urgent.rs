@@ -73,6 +73,9 @@ impl<'a> Urgent<'a> {
                 Some(Answer::Request { block, start, len }) => self.request(block, start, len)?,
                 Some(Answer::Bitmap { block, received }) => self.bitmap(block, &received)?,
                 Some(Answer::Resumed) => return Err(self.answers.wrong("RESUME_ACK comes twice")),
+                Some(Answer::Colo(message)) => {
+                    return Err(self.answers.wrong(&format!("{message:?} in postcopy")));
+                }
                 Some(Answer::Shut(value)) => {
                     self.said.shut(value);
                     return self.out.map_or(Ok(()), |out| out.into_channel().finish());

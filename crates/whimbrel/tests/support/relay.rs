@@ -1,8 +1,14 @@
 //! A link that can be cut again and again: it forwards every connection, and lets new ones through.
 
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    reason = "each test binary uses the part it needs of what they share"
+)]
+
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
@@ -28,6 +34,8 @@ struct Shared {
     closed: AtomicBool,
     /// The link breaks under the destination's last word, once.
     loses_last_word: AtomicBool,
+    /// It breaks when so many bytes more have gone through, in both directions together.
+    bytes_left: AtomicU64,
 }
 
 /// The return path's SHUT 0.
@@ -54,6 +62,7 @@ impl Relay {
             over: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             loses_last_word: AtomicBool::new(false),
+            bytes_left: AtomicU64::new(u64::MAX),
         });
         let inner = shared.clone();
         let accepting = Builder::new().name("proxy".into()).spawn(move || {
@@ -74,9 +83,12 @@ impl Relay {
 
     /// Cuts every connection; new ones are let through.
     pub(crate) fn cut(&self) {
-        for end in lock(&self.shared.ends).drain(..) {
-            let _ = end.shutdown(Shutdown::Both);
-        }
+        self.shared.cut();
+    }
+
+    /// Cuts every connection when so many bytes more have gone through.
+    pub(crate) fn cut_after(&self, bytes: u64) {
+        self.shared.bytes_left.store(bytes, Ordering::SeqCst);
     }
 
     /// The destination's last word is lost, and every connection with it.
@@ -96,6 +108,23 @@ impl Relay {
 }
 
 impl Shared {
+    fn cut(&self) {
+        for end in lock(&self.ends).drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// How many of so many bytes may still go through.
+    fn grant(&self, bytes: usize) -> usize {
+        let (bytes, order) = (bytes as u64, Ordering::SeqCst);
+        let take = |left: u64| match left {
+            u64::MAX => Some(left),
+            left => Some(left.saturating_sub(bytes)),
+        };
+        let left = self.bytes_left.fetch_update(order, order, take).unwrap_or_default();
+        usize::try_from(bytes.min(left)).expect("no more than were read")
+    }
+
     fn forward(self: &Arc<Shared>, here: TcpStream) {
         let Ok(there) = connect(&lock(&self.to)) else { return };
         for stream in [&here, &there] {
@@ -113,7 +142,12 @@ impl Shared {
                     {
                         break;
                     }
-                    if to.write_all(&buffer[..bytes]).is_err() {
+                    let granted = shared.grant(bytes);
+                    if to.write_all(&buffer[..granted]).is_err() {
+                        break;
+                    }
+                    if granted < bytes {
+                        shared.cut();
                         break;
                     }
                 }

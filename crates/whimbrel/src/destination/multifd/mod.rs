@@ -11,14 +11,13 @@ mod target;
 
 use std::sync::Arc;
 
-use crate::channel::Channel;
 use crate::error::Error;
 use crate::worker::{Cancel, Role, Worker};
 
 pub(super) use input::PacketInput;
 use receiver::Receiver;
 use rounds::Rounds;
-pub(super) use target::Target;
+pub(super) use target::{Cached, Target};
 
 /// The threads that take pages in. Dropping them ends them.
 #[derive(Debug)]
@@ -34,13 +33,13 @@ pub(super) struct Receivers {
 impl Receivers {
     /// Starts a thread for each of `channels`. One that fails sets `stop`.
     pub(super) fn start(
-        channels: Vec<Channel>,
+        channels: Vec<PacketInput>,
         target: &Arc<Target>,
         stop: &Cancel,
     ) -> Result<Receivers, Error> {
         let rounds = Arc::new(Rounds::new(channels.len(), stop.clone())?);
         let end = stop.beside().map_err(Error::system("making an eventfd"))?;
-        let start = |(mut channel, number): (Channel, u8)| {
+        let start = |(mut channel, number): (PacketInput, u8)| {
             let (rounds, target) = (rounds.clone(), target.clone());
             channel.heed(end.clone());
             Worker::start(Role::DestinationReceive(number), end.clone(), move || {

@@ -7,7 +7,6 @@ use whimbrel_wire::{BlockOffset, PacketHeader};
 use super::input::PacketInput;
 use super::rounds::Rounds;
 use super::target::Target;
-use crate::channel::Channel;
 use crate::error::Error;
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -21,8 +20,8 @@ pub(super) struct Receiver<'a> {
 }
 
 impl<'a> Receiver<'a> {
-    pub(super) fn new(channel: Channel, target: &'a Target, rounds: &'a Rounds) -> Receiver<'a> {
-        Receiver { input: PacketInput::new(channel), target, rounds }
+    pub(super) fn new(input: PacketInput, target: &'a Target, rounds: &'a Rounds) -> Receiver<'a> {
+        Receiver { input, target, rounds }
     }
 
     /// Takes in what comes. Gives how many bytes there were when the source closed the channel, or

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use whimbrel_ram::{BlockIndex, GuestRam, Received, TARGET_PAGE, TargetPage};
+use whimbrel_ram::{BlockIndex, GuestRam, RamCache, Received, TARGET_PAGE, TargetPage};
 use whimbrel_wire::BlockOffset;
 
 use crate::error::Error;
@@ -29,6 +29,17 @@ pub(in crate::destination) struct Target {
     pub(in crate::destination) placed: Arc<AtomicU64>,
     /// Who writes the pages into a file.
     pub(in crate::destination) changes: Option<Changes>,
+    /// At a secondary of COLO.
+    pub(in crate::destination) cache: Option<Cached>,
+}
+
+/// Where pages go at a secondary of COLO.
+#[derive(Debug)]
+pub(in crate::destination) enum Cached {
+    /// To the guest, and to its cache as well.
+    Beside(Arc<RamCache>),
+    /// To the cache, whose memory the target is.
+    Instead(Arc<RamCache>),
 }
 
 impl Target {
@@ -85,7 +96,20 @@ impl Target {
         if let Some(arrived) = &self.arrived {
             arrived.set_all(block, run.clone());
         }
+        self.keep_in_step(block, run.clone());
         self.content.set_all(block, run);
+    }
+
+    /// Pages that have been changed in this target's memory.
+    fn keep_in_step(&self, block: BlockIndex, run: Range<u64>) {
+        match &self.cache {
+            Some(Cached::Beside(cache)) => {
+                let copied = cache.copy_from(&self.ram, block, run);
+                copied.expect("where they were placed is inside the block");
+            }
+            Some(Cached::Instead(cache)) => cache.mark(block, run),
+            None => {}
+        }
     }
 
     /// A page is zero. Untouched memory stays untouched.
@@ -103,6 +127,7 @@ impl Target {
         let changes = !was_zero && !block.is_zero(page);
         if changes {
             block.write_zeros(offset, TARGET_PAGE.bytes())?;
+            self.keep_in_step(index, page.0..page.0 + 1);
         }
         match &self.changes {
             Some(told) if changes => told.placed(index, page.0..page.0 + 1),

@@ -1,0 +1,159 @@
+//! The side whose guest counts: it runs, and is stopped for a checkpoint again and again.
+
+use std::convert::Infallible;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use whimbrel_ram::PageMap;
+use whimbrel_wire::vmdesc::describe;
+use whimbrel_wire::{ColoMessage, encode_eof};
+
+use super::Checkpoint;
+use crate::error::Error;
+use crate::guest::Taken;
+use crate::recovery;
+use crate::report::get;
+use crate::settings::ColoFailover;
+use crate::source::multifd::Crew;
+use crate::source::setup::Stream;
+use crate::source::undo::{Logging, give_back};
+use crate::source::{Held, Job, handover, switchover};
+use crate::status::{ColoMode, Event, MigrationStatus, RunState};
+use crate::worker::Cancel;
+
+/// How often it is looked whether the time between checkpoints has been changed.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// For ever, as far as a migration can tell.
+const FOREVER: Duration = Duration::from_secs(3600);
+
+/// What a guest that was sent as a whole, and stands still, is kept in step with.
+pub(crate) struct Primary<'a, 'j> {
+    pub(crate) job: &'j Job,
+    pub(crate) held: &'a mut Held,
+    pub(crate) map: &'a PageMap,
+    pub(crate) log: &'a Logging<'j>,
+    pub(crate) crew: Option<&'a Crew<'j>>,
+    pub(crate) stream: &'a mut Stream,
+}
+
+impl Primary<'_, '_> {
+    /// Sends the devices, and when the secondary has loaded them takes checkpoint after checkpoint,
+    /// until one side or the connection is lost, or COLO is left on request. `ends` is what ends the
+    /// waits on the connections. The guest runs when this returns, if it is known how it stands;
+    /// otherwise it is held.
+    pub(crate) fn run(&mut self, ends: &Cancel) -> Result<Infallible, Error> {
+        self.stream.out.channel().heed(ends.clone());
+        self.begin()?;
+        self.job.colo.begins(ends);
+        self.job.report.guest_has_gone();
+        give_back(&self.job.guest, self.held)?;
+        self.job.set_status(MigrationStatus::Colo);
+        loop {
+            self.wait(ends)?;
+            self.checkpoint()?;
+        }
+    }
+
+    /// The first checkpoint is the end of a precopy.
+    fn begin(&mut self) -> Result<(), Error> {
+        let devices = switchover::device_sections(self.job, self.held)?;
+        for device in &devices {
+            device.encode(self.stream.out.words());
+        }
+        handover::confirm_loaded(self.stream)?;
+        handover::commit(self.stream, &describe(4096, &devices))?;
+        self.expect(ColoMessage::CheckpointReady)
+    }
+
+    /// Waits until it is time for the next checkpoint, or somebody wants one.
+    fn wait(&mut self, ends: &Cancel) -> Result<(), Error> {
+        let begun = Instant::now();
+        loop {
+            let delay = Duration::from_millis(self.job.parameters().x_checkpoint_delay);
+            let Some(left) = delay.checked_sub(begun.elapsed()) else { return Ok(()) };
+            let channel = self.stream.out.channel();
+            let fds = [channel.as_fd(), self.job.colo.wanted()];
+            ends.wait_any(&fds, left.min(LOOK)).map_err(Error::system("waiting"))?;
+            // Nothing is to be said now: it is the end, or the reason for it.
+            self.stream.check_answers()?;
+            let wanted = self.job.colo.wanted();
+            if ends.wait_any(&[wanted], Duration::ZERO).is_ok_and(|woken| woken.is_ready()) {
+                self.job.colo.heed();
+                return Ok(());
+            }
+        }
+    }
+
+    fn checkpoint(&mut self) -> Result<(), Error> {
+        self.say(ColoMessage::CheckpointRequest)?;
+        self.expect(ColoMessage::CheckpointReply)?;
+        let counters = &self.job.report.counters;
+        let pages = || get(&counters.normal) + get(&counters.duplicate);
+        let (before, stopped) = (pages(), Instant::now());
+        self.stop()?;
+        ColoMessage::VmstateSend.encode(self.stream.out.words());
+        let sending = Instant::now();
+        switchover::send_rest(self.job, self.map, self.log, self.crew, self.stream)?;
+        let memory = sending.elapsed();
+        let mut devices = Vec::new();
+        for device in switchover::device_sections(self.job, self.held)? {
+            device.encode(&mut devices);
+        }
+        encode_eof(&mut devices);
+        let words = self.stream.out.words();
+        encode_eof(words);
+        ColoMessage::VmstateSize(devices.len() as u64).encode(words);
+        words.extend_from_slice(&devices);
+        self.stream.flush()?;
+        // All of it is with the kernel: what the guest does from here on is the next one's. Should
+        // this one not arrive, this side has lost nothing.
+        give_back(&self.job.guest, self.held)?;
+        let stop = stopped.elapsed();
+        let pages = pages() - before;
+        self.expect(ColoMessage::VmstateReceived)?;
+        self.expect(ColoMessage::VmstateLoaded)?;
+        self.job.colo.is_complete(Checkpoint { stop, memory, pages });
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), Error> {
+        let guest = &self.job.guest;
+        let Taken::Right(right) = guest.take_right() else {
+            return Err(Error::Refused("the guest is not here any more".into()));
+        };
+        let before = guest.state();
+        guest.set_state(RunState::Colo);
+        let stopped = if before == RunState::Running { guest.pause(&right) } else { Ok(()) };
+        *self.held = Held::Stopped { right, before };
+        stopped
+    }
+
+    fn say(&mut self, message: ColoMessage) -> Result<(), Error> {
+        message.encode(self.stream.out.words());
+        self.stream.flush()
+    }
+
+    fn expect(&mut self, message: ColoMessage) -> Result<(), Error> {
+        let limit = recovery::silence(&self.job.parameters()).unwrap_or(FOREVER);
+        let answers = self.stream.answers.as_mut().expect("x-colo requires return-path");
+        answers.wait_for_colo(self.stream.out.channel(), message, limit)
+    }
+}
+
+/// The secondary is lost, or was let go: the guest goes on alone.
+pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
+    let reason = job.colo.ends();
+    job.guest.emit(&Event::ColoExit { mode: ColoMode::Primary, reason });
+    if !job.colo.is_asked() && !job.cancel.is_set() {
+        job.report
+            .set_error(format!("the secondary is lost, and the guest goes on alone: {error}"));
+        if job.parameters().x_colo_failover == ColoFailover::Manual {
+            job.colo.wait_until_asked(&job.cancel);
+        }
+    }
+    if let Err(error) = give_back(&job.guest, held) {
+        job.report.set_error(error.to_string());
+    }
+    job.colo.is_left();
+}
