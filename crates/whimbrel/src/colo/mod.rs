@@ -11,6 +11,7 @@
 //! What comes and goes on the wire is `destination/checkpoint.rs` and, at the primary, the same
 //! code that ends a precopy.
 
+pub(crate) mod flush;
 pub(crate) mod primary;
 pub(crate) mod secondary;
 

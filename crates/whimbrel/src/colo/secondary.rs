@@ -1,24 +1,19 @@
 //! The side that is kept in step: it has a copy of the guest, and takes over when the primary dies.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::thread;
 use std::time::Instant;
 
 use whimbrel_ram::dirty::{DirtyBits, DirtyLog};
-use whimbrel_ram::{GuestRam, RamCache, TargetPage};
+use whimbrel_ram::{RamCache, TargetPage};
 use whimbrel_wire::ColoMessage;
 
 use super::Checkpoint;
+use super::flush::flush;
 use crate::destination::incoming::{Host, Incoming};
 use crate::destination::live::{Job, Waiting};
 use crate::error::Error;
 use crate::guest::Guest;
 use crate::status::{ColoMode, Event, MigrationStatus, RunState};
-use crate::worker::{Role, scoped};
-
-/// Threads that copy a checkpoint to the guest, at most.
-const FLUSHERS_MAX: u8 = 4;
 
 /// Why no further checkpoint comes.
 enum Ended {
@@ -167,30 +162,6 @@ impl Secondary<'_, '_> {
         self.log.forget(&[&written])?;
         Ok(pages)
     }
-}
-
-/// Flushes all parts, by several threads.
-fn flush(cache: &RamCache, ram: &GuestRam, written: &DirtyBits) -> Result<u64, Error> {
-    let (next, copied) = (AtomicUsize::new(0), AtomicU64::new(0));
-    let work = || -> Result<(), Error> {
-        loop {
-            let part = next.fetch_add(1, Ordering::Relaxed);
-            if part >= cache.parts() {
-                return Ok(());
-            }
-            copied.fetch_add(cache.flush_part(part, ram, written)?, Ordering::Relaxed);
-        }
-    };
-    let beside = thread::available_parallelism().map_or(1, usize::from).min(cache.parts()) - 1;
-    thread::scope(|scope| {
-        let others: Vec<_> = (0..FLUSHERS_MAX.min(u8::try_from(beside).unwrap_or(FLUSHERS_MAX)))
-            .map_while(|number| scoped(scope, Role::DestinationFlush(number), work).ok())
-            .collect();
-        let own = work();
-        let joined = others.into_iter().map(|other| other.join().unwrap_or(Err(Error::Cancelled)));
-        joined.fold(own, |all, one| all.and(one))
-    })?;
-    Ok(copied.load(Ordering::Relaxed))
 }
 
 /// No more checkpoints come: the copy becomes the guest, as soon as the primary is certain to run no

@@ -113,14 +113,7 @@ impl Keeper {
 
     /// The configuration of what is in the file.
     fn kept_configuration(&self) -> Result<Configuration, Error> {
-        let Some(configuration) = &self.configuration else {
-            return Err(Error::Refused("main channel: the stream names no machine type".into()));
-        };
-        let mut configuration = configuration.clone();
-        if !configuration.has(capability::MAPPED_RAM) {
-            configuration.capabilities.push(name(capability::MAPPED_RAM)?);
-        }
-        Ok(configuration)
+        configuration_of_file(self.configuration.as_ref())
     }
 
     fn write(&mut self, devices: Devices, last_copy: bool) -> Result<(), Error> {
@@ -128,47 +121,38 @@ impl Keeper {
         let (Some(ram), Some(writing)) = (&self.ram, &mut self.writing) else {
             return Err(Error::Refused("main channel: the stream has no RAM".into()));
         };
-        let (early, tail, count) = encode(devices);
-        let pages = writing.finish(&configuration, &early, &tail, last_copy)?;
-        self.written = Some(KeptSummary {
-            machine: configuration.machine.to_string(),
-            ram_bytes: ram.total_bytes(),
-            stored_bytes: pages * TARGET_PAGE.bytes() as u64,
-            devices: count,
-            faults: None,
-        });
+        self.written = Some(write(writing, &configuration, ram, devices, last_copy)?);
         Ok(())
     }
 }
 
+/// Has everything written to the disk, and tells what that was.
+pub(super) fn write(
+    writing: &mut Writing,
+    configuration: &Configuration,
+    ram: &GuestRam,
+    devices: Devices,
+    last_copy: bool,
+) -> Result<KeptSummary, Error> {
+    let (early, tail, count) = encode(devices);
+    let pages = writing.finish(configuration, &early, &tail, last_copy)?;
+    Ok(KeptSummary {
+        machine: configuration.machine.to_string(),
+        ram_bytes: ram.total_bytes(),
+        stored_bytes: pages * TARGET_PAGE.bytes() as u64,
+        devices: count,
+        faults: None,
+    })
+}
+
 impl Host for Keeper {
     fn configure(&mut self, configuration: &Configuration) -> Result<(), Error> {
-        if configuration.has(capability::IGNORE_SHARED) {
-            return Err(Error::Refused(
-                "main channel: the source leaves its shared RAM out (x-ignore-shared): \
-                 it cannot be kept without; switch the capability off"
-                    .into(),
-            ));
-        }
-        let mut configuration = configuration.clone();
-        configuration.uuid = configuration.uuid.or(self.uuid);
-        self.configuration = Some(configuration);
+        self.configuration = Some(configuration_with_all_ram(configuration, self.uuid)?);
         Ok(())
     }
 
     fn ram(&mut self, announced: &BlockList) -> Result<GuestRam, Error> {
-        check_memory(announced.total())?;
-        let mut blocks = Vec::with_capacity(announced.len());
-        for (_, info) in announced.iter() {
-            let Some(block_name) = info.name.as_str() else {
-                return Err(Error::Refused(format!(
-                    "main channel: RAM block {} is no text",
-                    info.name
-                )));
-            };
-            blocks.push(RamBlock::anonymous(block_name, 0, info.used_length)?);
-        }
-        let ram = GuestRam::new(blocks);
+        let ram = ram_as_announced(announced, 1)?;
         let configuration = self.kept_configuration()?;
         let writing = Writing::begin(&self.path, &configuration, &ram, self.access, &self.cancel)?;
         self.writing = Some(writing);
@@ -212,6 +196,53 @@ impl Host for Keeper {
     fn load(&mut self, devices: Devices) -> Result<(), Error> {
         self.write(devices, false)
     }
+}
+
+/// What a source says of its machine, if all of its RAM comes; `uuid` is what multifd channels told.
+pub(super) fn configuration_with_all_ram(
+    configuration: &Configuration,
+    uuid: Option<[u8; 16]>,
+) -> Result<Configuration, Error> {
+    if configuration.has(capability::IGNORE_SHARED) {
+        return Err(Error::Refused(
+            "main channel: the source leaves its shared RAM out (x-ignore-shared): \
+             it cannot be kept without; switch the capability off"
+                .into(),
+        ));
+    }
+    let mut configuration = configuration.clone();
+    configuration.uuid = configuration.uuid.or(uuid);
+    Ok(configuration)
+}
+
+/// The configuration of what is in the file.
+pub(super) fn configuration_of_file(
+    configuration: Option<&Configuration>,
+) -> Result<Configuration, Error> {
+    let Some(configuration) = configuration else {
+        return Err(Error::Refused("main channel: the stream names no machine type".into()));
+    };
+    let mut configuration = configuration.clone();
+    if !configuration.has(capability::MAPPED_RAM) {
+        configuration.capabilities.push(name(capability::MAPPED_RAM)?);
+    }
+    Ok(configuration)
+}
+
+/// RAM for the blocks announced, of which so many `copies` are to be held.
+pub(super) fn ram_as_announced(announced: &BlockList, copies: u64) -> Result<GuestRam, Error> {
+    check_memory(announced.total().saturating_mul(copies))?;
+    let mut blocks = Vec::with_capacity(announced.len());
+    for (_, info) in announced.iter() {
+        let Some(block_name) = info.name.as_str() else {
+            return Err(Error::Refused(format!(
+                "main channel: RAM block {} is no text",
+                info.name
+            )));
+        };
+        blocks.push(RamBlock::anonymous(block_name, 0, info.used_length)?);
+    }
+    Ok(GuestRam::new(blocks))
 }
 
 /// Sections before RAM, sections after it with the end of the stream, and how many there are.

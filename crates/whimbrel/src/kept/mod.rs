@@ -13,6 +13,7 @@ mod open;
 mod restore;
 #[cfg(test)]
 mod round_trip;
+mod standby;
 mod supply;
 mod touch;
 mod writers;
@@ -28,6 +29,7 @@ pub use disk::DirectIo;
 pub use on_channels::Multifd;
 pub use open::KeptVm;
 pub use restore::Restoring;
+pub use standby::{StandbyProgress, StoodBy};
 pub use touch::Touch;
 pub(crate) use writers::Changes;
 
