@@ -85,10 +85,11 @@ impl RunVm {
             let waits_at = migrator.info().socket_address.unwrap_or_default();
             self.tls.warn(waits_at.first());
         }
-        let server = self.qmp.clone().map(|at| Server::bind(at, backend)).transpose()?;
+        // Before anybody can say anything: whoever is quick may have moved it away already.
         if !incoming && !self.paused {
             migrator.cont()?;
         }
+        let server = self.qmp.clone().map(|at| Server::bind(at, backend)).transpose()?;
         let end = loop {
             match ended.recv().unwrap_or(News::Quit) {
                 News::Memory => self.describe_memory(&migrator),

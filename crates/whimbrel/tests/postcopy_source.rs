@@ -18,6 +18,7 @@ use vms::{Alone, LIMIT, Side, until};
 use whimbrel::{Address, Capability, MigrationStatus, RunState, Vm};
 use whimbrel_ram::TargetPage;
 use whimbrel_vm::{AccelChoice, Config, Fill};
+use whimbrel_wire::recovery::Identity;
 use whimbrel_wire::{
     BlockInfo, BlockList, BlockOffset, Command, Package, RecordEncoder, ReturnMessage,
     encode_end_of_section, encode_multifd_flush,
@@ -782,6 +783,43 @@ fn a_package_is_loaded_before_run() {
         expect_arrived(&destination, &source, "RUN came");
     }
     alone.expect_nothing_left("RUN apart");
+}
+
+/// RUN may have been lost with the link. Whichever channel ends first, and however it does: a
+/// destination that has said that it has the package waits for its source.
+#[test]
+fn a_destination_that_has_the_package_waits_whichever_channel_ends_first() {
+    const ASKS_WHO_IS_THERE: u32 = ASKS_RUN_APART | 16;
+    for how in [Shutdown::Write, Shutdown::Both] {
+        for main_first in [false, true] {
+            let alone = Alone::begin();
+            let what = format!("{how:?}, the main channel first: {main_first}");
+            {
+                let (destination, address) = waiting(true);
+                let mut source = FarSource::connect(&address, &config());
+                source.header().return_path().command(&Command::Ping(ASKS_WHO_IS_THERE));
+                let identity = Identity { id: [1; 16], secret: [2; 32], beat_ms: 1000 };
+                source.advise().setup().command(&Command::Identity(identity));
+                let package = source.package();
+                let len = u32::try_from(package.len()).expect("short");
+                source.command(&Command::Packaged { len });
+                source.words.extend_from_slice(cut(&package, 5));
+                source.send();
+                let urgent = source.urgent();
+                assert!(source.hears(&ReturnMessage::Pong(0x42)), "{what}: it is loaded");
+                match main_first {
+                    true => source.main.shutdown(how).expect("open"),
+                    false => urgent.shutdown(how).expect("open"),
+                }
+                until(&what, || destination.status() == Some(MigrationStatus::PostcopyPaused));
+                destination.expect_reason(&["channel, byte"], &what);
+                assert!(!destination.runs(), "{what}: nobody has given it the guest");
+                end_soon(&destination, &what);
+                assert!(!destination.runs(), "{what}");
+            }
+            alone.expect_nothing_left(&what);
+        }
+    }
 }
 
 /// The end of the migration, at any time, without the source's help.

@@ -37,10 +37,10 @@ pub(super) fn run(
     assembly.finish()?;
     match arriving.is_complete() {
         true => Ok(()),
-        false => Err(Error::Refused(format!(
-            "{} channel: the source closed it before every page had come",
-            via.name()
-        ))),
+        false => {
+            let (offset, expected) = (input.offset(), "the rest of the pages".into());
+            Err(Error::Ended { channel: via.name(), offset, expected })
+        }
     }
 }
 

@@ -201,10 +201,11 @@ impl<'s> Session<'s> {
             // A source may close it when it has sent all: QEMU does, without a word.
             Err(Error::Truncated { .. }) if arriving.is_complete() => Ok(()),
             Err(error) => Err(error),
-            Ok(urgent::Ended::Closed) if !arriving.is_complete() => Err(Error::Refused(
-                "urgent channel: the source closed it before every page had come".into(),
-            )),
-            Ok(urgent::Ended::Closed | urgent::Ended::Mark) => Ok(()),
+            Ok(urgent::Ended::Closed(offset)) if !arriving.is_complete() => {
+                let expected = "the rest of the pages".into();
+                Err(Error::Ended { channel: Via::Urgent.name(), offset, expected })
+            }
+            Ok(urgent::Ended::Closed(_) | urgent::Ended::Mark) => Ok(()),
         }
     }
 }

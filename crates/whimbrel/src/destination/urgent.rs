@@ -23,8 +23,8 @@ const BUFFER: usize = 16 * (PAGE + 16);
 pub(super) enum Ended {
     /// By its mark.
     Mark,
-    /// It was closed, between two records.
-    Closed,
+    /// It was closed, between two records, behind so many bytes.
+    Closed(u64),
 }
 
 /// The thread's own.
@@ -65,7 +65,10 @@ impl<'a> Urgent<'a> {
                     self.assembly.place_run()?;
                     if !self.fill()? {
                         return match self.buffer.is_empty() {
-                            true => self.assembly.finish().map(|()| Ended::Closed),
+                            true => {
+                                let offset = self.decoder.offset();
+                                self.assembly.finish().map(|()| Ended::Closed(offset))
+                            }
                             false => Err(self.ended("the rest of a record")),
                         };
                     }
