@@ -15,7 +15,7 @@ use crate::channel::{Channel, Judged, Listener};
 use crate::error::Error;
 use crate::recovery::proofs::{Proofs, Ticket};
 use crate::recovery::{self, WayOn};
-use crate::settings::Parameters;
+use crate::settings::Current;
 use crate::worker::{Bell, Cancel, Links};
 
 /// How often a wait for a channel looks whether it is still wanted.
@@ -28,7 +28,7 @@ const RECV_BITMAP: [u8; 3] = [8, 0, 10];
 pub(super) struct Door<'a> {
     proofs: Option<Proofs>,
     links: &'a Links,
-    parameters: &'a (dyn Fn() -> Parameters + Sync),
+    parameters: &'a Current,
     /// `migrate-recover`.
     recover: Option<&'a WayOn<Listener>>,
     /// A QEMU has a channel for urgent pages.
@@ -97,7 +97,7 @@ impl<'a> Door<'a> {
         recover: Option<&'a WayOn<Listener>>,
         proofs: Option<Proofs>,
         preempt: bool,
-        (links, parameters): (&'a Links, &'a (dyn Fn() -> Parameters + Sync)),
+        (links, parameters): (&'a Links, &'a Current),
     ) -> Result<Door<'a>, Error> {
         let bell = || Bell::new().map_err(Error::system("making an eventfd"));
         let state = State {
@@ -184,7 +184,7 @@ impl<'a> Door<'a> {
 
     /// Whether the source may come back without somebody saying so.
     pub(super) fn is_automatic(&self) -> bool {
-        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
+        self.parameters.with(|p| recovery::is_automatic(self.links, p, self.proofs.is_some()))
     }
 
     /// Readable when the source may be back.
@@ -402,8 +402,8 @@ mod tests {
             panic!("tcp:");
         };
         let place = (host, port.parse::<u16>().unwrap());
-        let (back, parameters) = (Back::to(Arc::new(listener)), Parameters::default());
-        let shared = (&links, &(|| parameters.clone()) as &(dyn Fn() -> Parameters + Sync));
+        let (back, parameters) = (Back::to(Arc::new(listener)), Current::default());
+        let shared = (&links, &parameters);
         let door = Door::new(back, None, Some(proofs.clone()), false, shared).unwrap();
         door.open();
         thread::scope(|scope| {
