@@ -14,7 +14,7 @@ use whimbrel_wire::recovery::{Hello, HelloKind};
 use crate::channel::{Channel, Judged, Listener};
 use crate::error::Error;
 use crate::recovery::proofs::{Proofs, Ticket};
-use crate::recovery::{self, WayOn};
+use crate::recovery::{self, Admission, WayOn};
 use crate::settings::Current;
 use crate::worker::{Bell, Cancel, Links};
 
@@ -52,13 +52,11 @@ struct State {
     /// Somebody has said where to wait.
     told: bool,
     visitor: Option<(Channel, Visitor)>,
-    /// What lets further channels of a whimbrel in.
-    ticket: Option<Ticket>,
+    /// Which whimbrel is let in.
+    admission: Admission,
     /// A QEMU's main channel has come: the next one is its urgent channel.
     expects_urgent: bool,
     beside: Vec<(HelloKind, Channel)>,
-    /// The last try that was let in.
-    attempt: u32,
 }
 
 /// Where a source would come back to, and after which try.
@@ -106,10 +104,9 @@ impl<'a> Door<'a> {
             paused: false,
             told: false,
             visitor: None,
-            ticket: None,
+            admission: Admission::after(back.attempt),
             expects_urgent: false,
             beside: Vec::new(),
-            attempt: back.attempt,
         };
         Ok(Door {
             proofs,
@@ -127,7 +124,7 @@ impl<'a> Door<'a> {
     /// What a door has to know that takes the place of this one, where there is one to be.
     pub(super) fn into_back(self) -> Option<Back> {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        state.listener.map(|listener| Back { listener, attempt: state.attempt })
+        state.listener.map(|listener| Back { listener, attempt: state.admission.attempt() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -150,7 +147,8 @@ impl<'a> Door<'a> {
         let mut beside = Vec::new();
         self.change(|state| {
             (state.open, state.paused, state.told) = (true, true, false);
-            (state.ticket, state.expects_urgent) = (None, false);
+            state.admission.close();
+            state.expects_urgent = false;
             beside = std::mem::take(&mut state.beside);
         });
         drop(beside); // Closed without the lock.
@@ -179,7 +177,7 @@ impl<'a> Door<'a> {
 
     /// Channels with this ticket are let in.
     pub(super) fn admit(&self, ticket: Ticket) {
-        self.change(|state| state.ticket = Some(ticket));
+        self.change(|state| state.admission.admit(ticket));
     }
 
     /// Whether the source may come back without somebody saying so.
@@ -271,10 +269,9 @@ impl<'a> Door<'a> {
         let old = match seen {
             Seen::Main(visitor) => {
                 match &visitor {
-                    Visitor::Whimbrel(hello) => state.attempt = hello.attempt,
+                    Visitor::Whimbrel(hello) => state.admission.begin(hello.attempt),
                     Visitor::Qemu => state.expects_urgent = self.preempt,
                 }
-                state.ticket = None;
                 let old = state.visitor.replace((channel, visitor));
                 if !state.paused {
                     // It knows that the old connections are dead.
@@ -306,41 +303,21 @@ impl<'a> Door<'a> {
             Some(proofs) => match bytes {
                 None => Judged::NotYet { partly: false },
                 Some(0) => Judged::Refused(nobody("it closed without a word")),
-                Some(bytes) => self.judge_whimbrel(proofs, channel, &first, bytes),
+                Some(bytes) => self.judge_whimbrel(proofs, channel, &first[..bytes]),
             },
             None => self.judge_qemu(&first[..bytes.unwrap_or(0)], bytes.is_some()),
         }
     }
 
-    fn judge_whimbrel(
-        &self,
-        proofs: &Proofs,
-        channel: &mut Channel,
-        first: &[u8; Hello::LEN],
-        bytes: usize,
-    ) -> Judged<Seen> {
-        let begun = bytes.min(Hello::MAGIC.len());
-        if first[..begun] != Hello::MAGIC[..begun] {
-            return Judged::Refused(nobody("it does not begin as a recovery of a whimbrel does"));
-        }
-        if bytes < Hello::LEN {
-            return Judged::NotYet { partly: true };
-        }
-        let Some(hello) = Hello::parse(first) else {
-            return Judged::Refused(nobody("its first words mean nothing"));
-        };
-        let (attempt, ticket) = {
-            let state = self.lock();
-            (state.attempt, state.ticket.clone())
-        };
-        let seen = match hello.kind {
-            HelloKind::Main if !proofs.admits(&hello) => None,
-            HelloKind::Main if hello.attempt <= attempt => None,
-            HelloKind::Main => Some(Seen::Main(Visitor::Whimbrel(hello))),
-            kind => ticket.filter(|ticket| ticket.admits(&hello)).map(|_| Seen::Beside(kind)),
-        };
-        let Some(seen) = seen else {
-            return Judged::Refused(nobody("it is of another migration, or of an earlier try"));
+    fn judge_whimbrel(&self, proofs: &Proofs, channel: &mut Channel, first: &[u8]) -> Judged<Seen> {
+        let admission = self.lock().admission.clone();
+        let seen = match admission.judge(proofs, first) {
+            Ok(Some(hello)) if hello.kind == HelloKind::Main => {
+                Seen::Main(Visitor::Whimbrel(hello))
+            }
+            Ok(Some(hello)) => Seen::Beside(hello.kind),
+            Ok(None) => return Judged::NotYet { partly: true },
+            Err(why) => return Judged::Refused(nobody(why)),
         };
         // All of it is there.
         let mut hello = [0; Hello::LEN];
