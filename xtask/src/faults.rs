@@ -1,9 +1,9 @@
 //! `cargo xtask faults`: migrations whose link and processes fail on purpose, drawn from a seed.
 
+use std::ffi::OsString;
 use std::process::Command;
 
 use anyhow::{Result, ensure};
-use whimbrel_peers::memory::HugePages;
 
 use crate::step::{Log, Outcome, Tally};
 use crate::workspace::Workspace;
@@ -13,31 +13,13 @@ const STEP_RUNS: u64 = 200;
 const STEP_SEED: u64 = 1;
 /// Most of a run is waiting.
 const STEP_JOBS: u64 = 3;
-/// Pages of 2 MiB that a run takes at most: 16 MiB on each side.
-const HUGE_PAGES: u64 = 16;
-
-/// How many runs, and drawn from what.
+/// How many runs, and drawn from what: the harness knows its options, and tells of them.
 #[derive(Debug, clap::Args)]
+#[command(disable_help_flag = true)]
 pub(crate) struct Args {
-    /// How many runs
-    #[arg(long, default_value_t = STEP_RUNS)]
-    runs: u64,
-    /// Draw what an earlier time has drawn
-    #[arg(long, default_value_t = STEP_SEED)]
-    seed: u64,
-    /// The first run's number
-    #[arg(long, default_value_t = 0)]
-    from: u64,
-    /// This run alone: how a failure is replayed
-    #[arg(long, value_name = "RUN")]
-    only: Option<u64>,
-    /// What all runs have in common: precopy, postcopy, preempt, multifd or multifd-preempt, and tls,
-    /// huge, tcp, unix, with commas between them
-    #[arg(long)]
-    mode: Option<String>,
-    /// Runs at the same time
-    #[arg(long, default_value_t = STEP_JOBS)]
-    jobs: u64,
+    /// What the harness is told; --help has it tell of its options
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTION")]
+    options: Vec<OsString>,
 }
 
 /// How both programs are built.
@@ -50,38 +32,23 @@ enum Profile {
 
 /// `cargo xtask faults`, its output shown as it comes.
 pub(crate) fn run(workspace: &Workspace, args: &Args) -> Result<bool> {
-    let _held = huge_pages(args.jobs);
     build(workspace, &mut Log::create(&workspace.target("xtask/build.log"))?, Profile::Release)?;
-    let mut command = harness(workspace, Profile::Release, args.jobs);
-    command
-        .args(["--runs", &args.runs.to_string(), "--seed", &args.seed.to_string()])
-        .args(["--from", &args.from.to_string()]);
-    if let Some(run) = args.only {
-        command.args(["--only", &run.to_string()]);
-    }
-    if let Some(mode) = &args.mode {
-        command.args(["--mode", mode]);
-    }
-    Ok(command.status()?.success())
+    Ok(harness(workspace, Profile::Release).args(&args.options).status()?.success())
 }
 
 /// The step of `cargo xtask test`.
 pub(crate) fn step(workspace: &Workspace, log: &mut Log) -> Result<Outcome> {
-    let _held = huge_pages(STEP_JOBS);
     build(workspace, log, Profile::Dev)?;
-    let mut command = harness(workspace, Profile::Dev, STEP_JOBS);
-    command.args(["--runs", &STEP_RUNS.to_string(), "--seed", &STEP_SEED.to_string()]);
+    let mut command = harness(workspace, Profile::Dev);
+    command
+        .args(["--runs", &STEP_RUNS.to_string(), "--seed", &STEP_SEED.to_string()])
+        .args(["--jobs", &STEP_JOBS.to_string()]);
     let (success, _) = log.capture(&mut command)?;
     Ok(match success {
         true => Outcome::Passed(Tally { passed: STEP_RUNS, ..Tally::default() }),
         // Which of them is in the log, each with how to replay it.
         false => Outcome::Failed(Tally::default()),
     })
-}
-
-/// Not every user may reserve them: the harness says so and does without.
-fn huge_pages(jobs: u64) -> Option<HugePages> {
-    HugePages::reserve(HUGE_PAGES * jobs).ok()
 }
 
 fn build(workspace: &Workspace, log: &mut Log, profile: Profile) -> Result<()> {
@@ -95,7 +62,7 @@ fn build(workspace: &Workspace, log: &mut Log, profile: Profile) -> Result<()> {
     Ok(())
 }
 
-fn harness(workspace: &Workspace, profile: Profile, jobs: u64) -> Command {
+fn harness(workspace: &Workspace, profile: Profile) -> Command {
     let folder = if profile == Profile::Release { "release" } else { "debug" };
     let program = |name: &str| workspace.target(&format!("{folder}/{name}"));
     let mut command = Command::new(program("whimbrel-faults"));
@@ -103,7 +70,31 @@ fn harness(workspace: &Workspace, profile: Profile, jobs: u64) -> Command {
         .arg("--whimbrel")
         .arg(program("whimbrel"))
         .arg("--folder")
-        .arg(workspace.target("faults"))
-        .args(["--jobs", &jobs.to_string()]);
+        .arg(workspace.target("faults"));
     command
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Faults {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn the_harness_is_told_all_of_it() {
+        for told in
+            ["", "--help", "-h", "--runs 9 --seed 1", "--only=7 --mode preempt,tls --jobs 4"]
+        {
+            let words: Vec<_> = told.split_whitespace().collect();
+            let all = ["faults"].iter().chain(&words);
+            let Faults { args } = Faults::try_parse_from(all).expect("taken as it is");
+            assert_eq!(args.options, words, "{told}");
+        }
+    }
 }

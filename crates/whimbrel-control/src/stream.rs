@@ -1,20 +1,16 @@
 //! Sockets of either kind: a listener that leaves nothing behind, and a connected stream.
 
-use std::fs;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
-};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use whimbrel::unix_socket::{SocketFile, listen_at};
 
 use crate::Endpoint;
 
@@ -143,9 +139,7 @@ impl Listener {
     pub(crate) fn bind(endpoint: &Endpoint) -> io::Result<Listener> {
         match endpoint {
             Endpoint::Unix(path) => {
-                remove_stale(path)?;
-                let (listener, file) = bind_unix(path)?;
-                listener.set_nonblocking(true)?;
+                let (listener, file) = listen_at(path, BACKLOG)?;
                 Ok(Listener::Unix { listener, file })
             }
             Endpoint::Tcp { host, port } => {
@@ -170,7 +164,7 @@ impl Listener {
     /// Where it listens, with the real port.
     pub(crate) fn endpoint(&self) -> io::Result<Endpoint> {
         match self {
-            Listener::Unix { file, .. } => Ok(Endpoint::Unix(file.path.clone())),
+            Listener::Unix { file, .. } => Ok(Endpoint::Unix(file.path().into())),
             Listener::Tcp(listener) => {
                 let address = listener.local_addr()?;
                 Ok(Endpoint::Tcp { host: address.ip().to_string(), port: address.port() })
@@ -195,49 +189,9 @@ impl AsFd for Listener {
     }
 }
 
-/// The file of a Unix socket, removed on drop if it is still the one we made.
-#[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    device: u64,
-    inode: u64,
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let ours = fs::symlink_metadata(&self.path)
-            .is_ok_and(|found| found.dev() == self.device && found.ino() == self.inode);
-        if ours {
-            // Nobody is left to tell; the next server finds it stale and removes it.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-/// Removes the socket that a server left which did not end in order. A file of another kind, or
-/// a socket on which someone listens, stays, and binding reports it.
-fn remove_stale(path: &Path) -> io::Result<()> {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    let refused =
-        || UnixStream::connect(path).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
-    if is_socket && refused() { fs::remove_file(path) } else { Ok(()) }
-}
-
-/// The name gets the mode of the socket that is bound to it, so that is set before: there is no
-/// moment at which another user gets in, and no path that could lead elsewhere meanwhile.
-fn bind_unix(path: &Path) -> io::Result<(UnixListener, SocketFile)> {
-    let address = SocketAddrUnix::new(path)?;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
-    bind(&socket, &address)?;
-    let made = fs::symlink_metadata(path)?;
-    let file = SocketFile { path: path.to_owned(), device: made.dev(), inode: made.ino() };
-    listen(&socket, BACKLOG)?;
-    Ok((UnixListener::from(socket), file))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
@@ -262,31 +216,5 @@ mod tests {
         assert!(!listens("127.0.0.1").unwrap().is_open_to_others());
         let open = listens("0.0.0.0").unwrap();
         assert!(open.is_open_to_others(), "{:?}", open.endpoint());
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_another_file_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let stale = dir.path().join("stale");
-        drop(UnixListener::bind(&stale).unwrap());
-        assert!(stale.exists());
-        drop(Listener::bind(&Endpoint::Unix(stale)).unwrap());
-
-        let precious = dir.path().join("precious");
-        fs::write(&precious, "kept").unwrap();
-        let error = Listener::bind(&Endpoint::Unix(precious.clone())).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::AddrInUse);
-        assert_eq!(fs::read_to_string(&precious).unwrap(), "kept");
-    }
-
-    #[test]
-    fn a_socket_that_took_our_place_is_not_removed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("qmp");
-        let first = Listener::bind(&Endpoint::Unix(path.clone())).unwrap();
-        fs::rename(&path, dir.path().join("moved")).unwrap();
-        let _second = Listener::bind(&Endpoint::Unix(path.clone())).unwrap();
-        drop(first);
-        assert!(path.exists());
     }
 }

@@ -55,6 +55,8 @@ pub use channel::tls::{
     Authorization, Format as AuthorizationFormat, Policy as AuthorizationPolicy, TlsCredentials,
     TlsEndpoint, TlsOptions,
 };
+#[doc(hidden)]
+pub use channel::unix_socket;
 pub use error::Error;
 pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};

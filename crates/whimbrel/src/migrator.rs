@@ -209,17 +209,12 @@ impl Migrator {
 
     /// The parameters.
     pub fn parameters(&self) -> Parameters {
-        self.router.parameters()
+        self.router.parameters().get()
     }
 
     /// Changes parameters; a running migration follows. `change` must not block.
     pub fn update_parameters(&self, change: impl FnOnce(&mut Parameters)) -> Result<(), Error> {
-        let mut parameters = self.router.parameters.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut changed = parameters.clone();
-        change(&mut changed);
-        changed.check()?;
-        *parameters = changed;
-        Ok(())
+        Ok(self.router.parameters().change(change)?)
     }
 
     /// Adds what parameters can name by `id` (`object-add`).
@@ -308,7 +303,7 @@ impl Migrator {
             guest: self.guest.clone(),
             capabilities: inner.capabilities,
             multifd: match inner.capabilities.has(Capability::Multifd) {
-                true => self.parameters().multifd_channels,
+                true => self.router.parameters().with(|p| p.multifd_channels),
                 false => 0,
             },
             autostart: self.autostart,

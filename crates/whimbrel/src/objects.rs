@@ -8,7 +8,7 @@ use crate::channel::Route;
 use crate::channel::tls::{Authorization, TlsClient, TlsCredentials, TlsServer};
 use crate::error::Error;
 use crate::recovery;
-use crate::settings::Parameters;
+use crate::settings::{Current, Parameters};
 
 /// One of them.
 #[derive(Clone, Debug)]
@@ -97,7 +97,7 @@ impl Objects {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Router {
     pub(crate) objects: Arc<Mutex<Objects>>,
-    pub(crate) parameters: Arc<Mutex<Parameters>>,
+    parameters: Arc<Current>,
 }
 
 impl Router {
@@ -108,20 +108,20 @@ impl Router {
     }
 
     /// The parameters, as they are now.
-    pub(crate) fn parameters(&self) -> Parameters {
-        self.parameters.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    pub(crate) fn parameters(&self) -> &Current {
+        &self.parameters
     }
 
     /// The way to `address`.
     pub(crate) fn route(&self, address: Address) -> Result<Route, Error> {
-        let parameters = self.parameters();
+        let parameters = self.parameters.get();
         let tls = self.objects().client(&address, &parameters)?;
         Ok(Route { address, tls, silence: recovery::silence(&parameters) })
     }
 
     /// The way to `recover-uri`, if there is one that can be gone.
     pub(crate) fn other(&self) -> Option<Route> {
-        let uri = self.parameters().recover_uri;
+        let uri = self.parameters.with(|p| p.recover_uri.clone());
         (!uri.is_empty()).then(|| self.route(uri.parse().ok()?).ok()).flatten()
     }
 }

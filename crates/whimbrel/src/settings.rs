@@ -1,6 +1,7 @@
 //! Capabilities and parameters, under QMP's names and with its ranges.
 
 use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
@@ -214,6 +215,41 @@ pub enum ColoFailover {
     Auto,
     /// Both wait for `x-colo-lost-heartbeat`, as QEMU does.
     Manual,
+}
+
+/// The parameters as they are at the moment: most can be changed while a migration runs.
+#[derive(Debug, Default)]
+pub(crate) struct Current(Mutex<Parameters>);
+
+impl Current {
+    pub(crate) fn of(parameters: Parameters) -> Current {
+        Current(Mutex::new(parameters))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parameters> {
+        // Whole values are stored under it.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All of them.
+    pub(crate) fn get(&self) -> Parameters {
+        self.lock().clone()
+    }
+
+    /// What `look` makes of them, which must not block.
+    pub(crate) fn with<T>(&self, look: impl FnOnce(&Parameters) -> T) -> T {
+        look(&self.lock())
+    }
+
+    /// Changes them, unless they were wrong then. `change` must not block.
+    pub(crate) fn change(&self, change: impl FnOnce(&mut Parameters)) -> Result<(), SettingError> {
+        let mut parameters = self.lock();
+        let mut changed = parameters.clone();
+        change(&mut changed);
+        changed.check()?;
+        *parameters = changed;
+        Ok(())
+    }
 }
 
 /// What can be tuned (`MigrationParameters`), in full.

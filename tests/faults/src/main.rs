@@ -26,6 +26,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 use clap::Parser;
+use whimbrel_peers::memory::HugePages;
 
 use crate::only::Only;
 use crate::plan::Plan;
@@ -41,7 +42,7 @@ const HUGE_PAGES: u64 = 16;
 #[derive(Debug, Parser)]
 #[command(name = "whimbrel-faults", max_term_width = 100)]
 struct Arguments {
-    /// The command under test
+    /// The command under test; `cargo xtask faults` says it
     #[arg(long, value_name = "PATH", required_unless_present = "count")]
     whimbrel: Option<PathBuf>,
     /// Only count again what came of earlier runs: their results.jsonl, which is told while they go on
@@ -50,23 +51,23 @@ struct Arguments {
     /// How many runs
     #[arg(long, default_value_t = 200)]
     runs: u64,
-    /// What is drawn
+    /// Draw what an earlier time has drawn
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// The first run's number
     #[arg(long, default_value_t = 0)]
     from: u64,
-    /// This run alone
+    /// This run alone: how a failure is replayed
     #[arg(long, value_name = "RUN")]
     only: Option<u64>,
     /// What all runs have in common: precopy, postcopy, preempt, multifd or multifd-preempt, and tls,
     /// huge, tcp, unix, with commas between them
     #[arg(long)]
     mode: Option<String>,
-    /// Runs at the same time
-    #[arg(long, default_value_t = 2)]
+    /// Runs at the same time: most of one is waiting
+    #[arg(long, default_value_t = 3)]
     jobs: u64,
-    /// Where the logs of failed runs, the results and the summary go
+    /// Where the logs of failed runs, the results and the summary go; `cargo xtask faults` says it
     #[arg(long, value_name = "DIR", default_value = "faults")]
     folder: PathBuf,
 }
@@ -84,23 +85,26 @@ fn main() -> ExitCode {
 
 impl Arguments {
     fn run(&self) -> Result<bool> {
-        let Some(whimbrel) = &self.whimbrel else { return count(&self.count) };
+        let whimbrel = match (&self.whimbrel, &self.count[..]) {
+            (Some(whimbrel), []) => whimbrel,
+            (_, files) => return count(files),
+        };
         let only: Only = match &self.mode {
             None => Only::default(),
             Some(words) => words.parse().map_err(anyhow::Error::msg)?,
         };
         fs::create_dir_all(&self.folder)?;
         let keys = tempfile::Builder::new().prefix("wf-keys-").tempdir()?;
-        let free = free_huge_pages();
-        let huge = free >= HUGE_PAGES * self.jobs;
-        if !huge {
-            println!("no huge pages ({free} are free): guests that should lie in them do not");
+        // Not every user may reserve them.
+        let huge = HugePages::reserve(HUGE_PAGES * self.jobs);
+        if let Err(why) = &huge {
+            println!("no huge pages ({why}): guests that should lie in them do not");
         }
         let setting = Setting {
             binary: whimbrel.canonicalize().context("--whimbrel")?,
             credentials: credentials(whimbrel, keys.path())?,
             kept: self.folder.join("failed"),
-            huge,
+            huge: huge.is_ok(),
         };
         let (from, runs) = match self.only {
             Some(run) => (run, 1),
@@ -200,10 +204,4 @@ fn credentials(whimbrel: &Path, folder: &Path) -> Result<PathBuf> {
     make(&["ca"], &[("--dir", &ca)])?;
     make(&["host", "--name=localhost", "--ip=127.0.0.1"], &[("--ca", &ca), ("--dir", &host)])?;
     Ok(host)
-}
-
-fn free_huge_pages() -> u64 {
-    let pool = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
-    let text = fs::read_to_string(pool).unwrap_or_default();
-    text.trim().parse().unwrap_or(0)
 }

@@ -1,13 +1,10 @@
 //! Waiting for the way in, at the destination.
 
 use std::fmt;
-use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -17,12 +14,16 @@ use whimbrel_wire::ChannelKind;
 
 use super::connect::open_error;
 use super::tls::TlsServer;
+use super::unix_socket::{SocketFile, listen_at};
 use super::waiting::Waiting;
 use super::{Channel, Kind, end, exec, fd, file};
 use crate::address::Address;
 use crate::error::Error;
 use crate::status::SocketAddressInfo;
 use crate::worker::{Cancel, Links, Role, Shut, scoped};
+
+/// As many connections as the system lets wait to be accepted.
+const BACKLOG: i32 = -1;
 
 /// A bound address that the source has not come to yet.
 #[derive(Debug)]
@@ -94,17 +95,6 @@ impl<L: AsFd + fmt::Debug + Send + Sync> Shut for Bound<L> {
     }
 }
 
-/// The name of a Unix socket in the file system; it goes when the listener goes.
-#[derive(Debug)]
-struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // Gone already is as good.
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 impl Listener {
     /// Binds `address`, so that a source can connect from now on.
     pub(crate) fn bind(address: &Address, cancel: &Cancel) -> Result<Listener, Error> {
@@ -112,7 +102,8 @@ impl Listener {
             Address::Tcp { host, port } => {
                 tcp(host, *port).map(|listener| Socket::Tcp(Bound::new(listener)))
             }
-            Address::Unix(path) => unix(path),
+            Address::Unix(path) => listen_at(path, BACKLOG)
+                .map(|(listener, file)| Socket::Unix(Bound::new(listener), file)),
             Address::Fd(_) | Address::Exec(_) | Address::File { .. } => Ok(Socket::Direct),
         }
         .map_err(|source| open_error(address, source, cancel))?;
@@ -398,17 +389,4 @@ fn tcp(host: &str, port: u16) -> io::Result<TcpListener> {
     let listener = TcpListener::bind(&*addresses)?;
     listener.set_nonblocking(true)?;
     Ok(listener)
-}
-
-fn unix(path: &Path) -> io::Result<Socket> {
-    let left_behind = fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
-        && UnixStream::connect(path).is_err();
-    if left_behind {
-        fs::remove_file(path)?; // Nobody answers: its owner died without removing it.
-    }
-    let listener = UnixListener::bind(path)?;
-    let file = SocketFile(path.into());
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    listener.set_nonblocking(true)?;
-    Ok(Socket::Unix(Bound::new(listener), file))
 }

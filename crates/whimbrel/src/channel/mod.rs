@@ -15,6 +15,7 @@ mod listen;
 pub(crate) mod name;
 mod search;
 pub(crate) mod tls;
+pub mod unix_socket;
 mod visitors;
 mod waiting;
 mod zero_copy;

@@ -70,7 +70,8 @@ impl Primary<'_, '_> {
     fn wait(&mut self, ends: &Cancel) -> Result<(), Error> {
         let begun = Instant::now();
         loop {
-            let delay = Duration::from_millis(self.job.parameters().x_checkpoint_delay);
+            let delay = self.job.parameters().with(|parameters| parameters.x_checkpoint_delay);
+            let delay = Duration::from_millis(delay);
             let Some(left) = delay.checked_sub(begun.elapsed()) else { return Ok(()) };
             let channel = self.stream.out.channel();
             let fds = [channel.as_fd(), self.job.colo.wanted()];
@@ -135,7 +136,7 @@ impl Primary<'_, '_> {
     }
 
     fn expect(&mut self, message: ColoMessage) -> Result<(), Error> {
-        let limit = recovery::silence(&self.job.parameters()).unwrap_or(FOREVER);
+        let limit = self.job.parameters().with(recovery::silence).unwrap_or(FOREVER);
         let answers = self.stream.answers.as_mut().expect("x-colo requires return-path");
         answers.wait_for_colo(self.stream.out.channel(), message, limit)
     }
@@ -148,7 +149,7 @@ pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
     if !job.colo.is_asked() && !job.cancel.is_set() {
         job.report
             .set_error(format!("the secondary is lost, and the guest goes on alone: {error}"));
-        if job.parameters().x_colo_failover == ColoFailover::Manual {
+        if job.parameters().with(|all| all.x_colo_failover) == ColoFailover::Manual {
             job.colo.wait_until_asked(&job.cancel);
         }
     }

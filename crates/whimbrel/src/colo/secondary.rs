@@ -203,7 +203,8 @@ fn take_over(
 /// Whether the primary is certain to run no more, without anybody having said so.
 fn may_take_over(job: &Job, error: &Error) -> bool {
     let lost = format!("the primary is lost: {error}");
-    let (text, may) = match job.colo.fence(job.router.parameters().x_colo_failover) {
+    let (text, may) = match job.colo.fence(job.router.parameters().with(|all| all.x_colo_failover))
+    {
         Some(Ok(())) => (format!("{lost}; it has been fenced off"), true),
         Some(Err(why)) => {
             (format!("{lost}; the fence does not say that it runs no more: {why}; {WAITS}"), false)

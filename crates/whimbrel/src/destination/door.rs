@@ -14,8 +14,8 @@ use whimbrel_wire::recovery::{Hello, HelloKind};
 use crate::channel::{Channel, Judged, Listener};
 use crate::error::Error;
 use crate::recovery::proofs::{Proofs, Ticket};
-use crate::recovery::{self, WayOn};
-use crate::settings::Parameters;
+use crate::recovery::{self, Admission, WayOn};
+use crate::settings::Current;
 use crate::worker::{Bell, Cancel, Links};
 
 /// How often a wait for a channel looks whether it is still wanted.
@@ -28,7 +28,7 @@ const RECV_BITMAP: [u8; 3] = [8, 0, 10];
 pub(super) struct Door<'a> {
     proofs: Option<Proofs>,
     links: &'a Links,
-    parameters: &'a (dyn Fn() -> Parameters + Sync),
+    parameters: &'a Current,
     /// `migrate-recover`.
     recover: Option<&'a WayOn<Listener>>,
     /// A QEMU has a channel for urgent pages.
@@ -52,13 +52,11 @@ struct State {
     /// Somebody has said where to wait.
     told: bool,
     visitor: Option<(Channel, Visitor)>,
-    /// What lets further channels of a whimbrel in.
-    ticket: Option<Ticket>,
+    /// Which whimbrel is let in.
+    admission: Admission,
     /// A QEMU's main channel has come: the next one is its urgent channel.
     expects_urgent: bool,
     beside: Vec<(HelloKind, Channel)>,
-    /// The last try that was let in.
-    attempt: u32,
 }
 
 /// Where a source would come back to, and after which try.
@@ -97,7 +95,7 @@ impl<'a> Door<'a> {
         recover: Option<&'a WayOn<Listener>>,
         proofs: Option<Proofs>,
         preempt: bool,
-        (links, parameters): (&'a Links, &'a (dyn Fn() -> Parameters + Sync)),
+        (links, parameters): (&'a Links, &'a Current),
     ) -> Result<Door<'a>, Error> {
         let bell = || Bell::new().map_err(Error::system("making an eventfd"));
         let state = State {
@@ -106,10 +104,9 @@ impl<'a> Door<'a> {
             paused: false,
             told: false,
             visitor: None,
-            ticket: None,
+            admission: Admission::after(back.attempt),
             expects_urgent: false,
             beside: Vec::new(),
-            attempt: back.attempt,
         };
         Ok(Door {
             proofs,
@@ -127,7 +124,7 @@ impl<'a> Door<'a> {
     /// What a door has to know that takes the place of this one, where there is one to be.
     pub(super) fn into_back(self) -> Option<Back> {
         let state = self.state.into_inner().unwrap_or_else(PoisonError::into_inner);
-        state.listener.map(|listener| Back { listener, attempt: state.attempt })
+        state.listener.map(|listener| Back { listener, attempt: state.admission.attempt() })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -150,7 +147,8 @@ impl<'a> Door<'a> {
         let mut beside = Vec::new();
         self.change(|state| {
             (state.open, state.paused, state.told) = (true, true, false);
-            (state.ticket, state.expects_urgent) = (None, false);
+            state.admission.close();
+            state.expects_urgent = false;
             beside = std::mem::take(&mut state.beside);
         });
         drop(beside); // Closed without the lock.
@@ -179,12 +177,12 @@ impl<'a> Door<'a> {
 
     /// Channels with this ticket are let in.
     pub(super) fn admit(&self, ticket: Ticket) {
-        self.change(|state| state.ticket = Some(ticket));
+        self.change(|state| state.admission.admit(ticket));
     }
 
     /// Whether the source may come back without somebody saying so.
     pub(super) fn is_automatic(&self) -> bool {
-        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
+        self.parameters.with(|p| recovery::is_automatic(self.links, p, self.proofs.is_some()))
     }
 
     /// Readable when the source may be back.
@@ -271,10 +269,9 @@ impl<'a> Door<'a> {
         let old = match seen {
             Seen::Main(visitor) => {
                 match &visitor {
-                    Visitor::Whimbrel(hello) => state.attempt = hello.attempt,
+                    Visitor::Whimbrel(hello) => state.admission.begin(hello.attempt),
                     Visitor::Qemu => state.expects_urgent = self.preempt,
                 }
-                state.ticket = None;
                 let old = state.visitor.replace((channel, visitor));
                 if !state.paused {
                     // It knows that the old connections are dead.
@@ -306,41 +303,21 @@ impl<'a> Door<'a> {
             Some(proofs) => match bytes {
                 None => Judged::NotYet { partly: false },
                 Some(0) => Judged::Refused(nobody("it closed without a word")),
-                Some(bytes) => self.judge_whimbrel(proofs, channel, &first, bytes),
+                Some(bytes) => self.judge_whimbrel(proofs, channel, &first[..bytes]),
             },
             None => self.judge_qemu(&first[..bytes.unwrap_or(0)], bytes.is_some()),
         }
     }
 
-    fn judge_whimbrel(
-        &self,
-        proofs: &Proofs,
-        channel: &mut Channel,
-        first: &[u8; Hello::LEN],
-        bytes: usize,
-    ) -> Judged<Seen> {
-        let begun = bytes.min(Hello::MAGIC.len());
-        if first[..begun] != Hello::MAGIC[..begun] {
-            return Judged::Refused(nobody("it does not begin as a recovery of a whimbrel does"));
-        }
-        if bytes < Hello::LEN {
-            return Judged::NotYet { partly: true };
-        }
-        let Some(hello) = Hello::parse(first) else {
-            return Judged::Refused(nobody("its first words mean nothing"));
-        };
-        let (attempt, ticket) = {
-            let state = self.lock();
-            (state.attempt, state.ticket.clone())
-        };
-        let seen = match hello.kind {
-            HelloKind::Main if !proofs.admits(&hello) => None,
-            HelloKind::Main if hello.attempt <= attempt => None,
-            HelloKind::Main => Some(Seen::Main(Visitor::Whimbrel(hello))),
-            kind => ticket.filter(|ticket| ticket.admits(&hello)).map(|_| Seen::Beside(kind)),
-        };
-        let Some(seen) = seen else {
-            return Judged::Refused(nobody("it is of another migration, or of an earlier try"));
+    fn judge_whimbrel(&self, proofs: &Proofs, channel: &mut Channel, first: &[u8]) -> Judged<Seen> {
+        let admission = self.lock().admission.clone();
+        let seen = match admission.judge(proofs, first) {
+            Ok(Some(hello)) if hello.kind == HelloKind::Main => {
+                Seen::Main(Visitor::Whimbrel(hello))
+            }
+            Ok(Some(hello)) => Seen::Beside(hello.kind),
+            Ok(None) => return Judged::NotYet { partly: true },
+            Err(why) => return Judged::Refused(nobody(why)),
         };
         // All of it is there.
         let mut hello = [0; Hello::LEN];
@@ -402,8 +379,8 @@ mod tests {
             panic!("tcp:");
         };
         let place = (host, port.parse::<u16>().unwrap());
-        let (back, parameters) = (Back::to(Arc::new(listener)), Parameters::default());
-        let shared = (&links, &(|| parameters.clone()) as &(dyn Fn() -> Parameters + Sync));
+        let (back, parameters) = (Back::to(Arc::new(listener)), Current::default());
+        let shared = (&links, &parameters);
         let door = Door::new(back, None, Some(proofs.clone()), false, shared).unwrap();
         door.open();
         thread::scope(|scope| {

@@ -18,7 +18,7 @@ use crate::error::Error;
 use crate::recovery::ANSWER;
 use crate::recovery::exchange::{DestinationExchange, Say, bitmap_words};
 use crate::recovery::proofs::{Proofs, random};
-use crate::settings::Parameters;
+use crate::settings::Current;
 use crate::source::setup::name;
 use crate::worker::{Cancel, Links, Role, scoped};
 
@@ -32,7 +32,7 @@ impl Incoming {
         mut self,
         back: Option<Back>,
         links: &Links,
-        parameters: &(dyn Fn() -> Parameters + Sync),
+        parameters: &Current,
     ) -> Result<(), Error> {
         let (Some(identity), Some(back)) = (self.identity(), back) else {
             return self.finish();
@@ -49,7 +49,7 @@ impl Incoming {
             scoped(scope, Role::DestinationDoor, || door.run(&stop))
                 .map_err(Error::system("starting a thread"))?;
             loop {
-                let limit = match parameters().recover_time_limit {
+                let limit = match parameters.with(|p| p.recover_time_limit) {
                     0 => LOOK,
                     seconds => {
                         Duration::from_secs(seconds).saturating_sub(since.elapsed()).min(LOOK)

@@ -139,7 +139,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
                 links: &job.links,
                 preempt,
                 blocktime: job.capabilities.has(Capability::PostcopyBlocktime),
-                parameters: &|| job.router.parameters(),
+                parameters: job.router.parameters(),
                 recover: Some(&job.recover),
                 orders: Some(&job.orders),
                 stands: &|status, reason| job.stands(status, reason),
@@ -163,7 +163,7 @@ fn receive(job: &Job, listener: Listener) -> Result<(), Error> {
         }
     };
     // The guest is here and runs: a source that has gone cannot change that.
-    let _ = incoming.see_off(listener, &job.links, &|| job.router.parameters());
+    let _ = incoming.see_off(listener, &job.links, job.router.parameters());
     Ok(())
 }
 

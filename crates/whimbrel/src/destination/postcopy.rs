@@ -38,7 +38,7 @@ use crate::recovery::proofs::Proofs;
 use crate::recovery::{self, WayOn};
 use crate::report::Report;
 use crate::rescue::Orders;
-use crate::settings::Parameters;
+use crate::settings::{Current, Parameters};
 use crate::worker::{Cancel, Links, Role, Woken, scoped};
 
 /// The last command of a package.
@@ -60,7 +60,7 @@ pub(crate) struct Terms<'a> {
     /// Capability `postcopy-blocktime`.
     pub(crate) blocktime: bool,
     /// They may change meanwhile.
-    pub(crate) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    pub(crate) parameters: &'a Current,
     /// `migrate-recover`; `None` where nobody can say that.
     pub(crate) recover: Option<&'a WayOn<Listener>>,
     /// Is told how the migration stands.
@@ -289,7 +289,7 @@ fn receive(
     if agreed.has(Features::RECOVERS) {
         shared.outbox.push(&ReturnMessage::Pong(PONG_PACKAGE))?;
     }
-    let quiet = quiet(identity.as_ref(), &(terms.parameters)());
+    let quiet = terms.parameters.with(|parameters| quiet(identity.as_ref(), parameters));
     if let Some(identity) = &identity {
         terms.report.is_of(identity.id);
     }

@@ -88,15 +88,16 @@ impl ComingBack<'_> {
                     return Came::Rescue;
                 }
             }
-            let limit = match (self.terms.recover, (self.terms.parameters)().recover_time_limit) {
-                (Some(_), _) | (None, 0) => LOOK,
-                (None, seconds) => {
-                    match Duration::from_secs(seconds).checked_sub(since.elapsed()) {
-                        Some(left) => left.min(LOOK),
-                        None => return Came::Nobody,
+            let limit =
+                match (self.terms.recover, self.terms.parameters.with(|p| p.recover_time_limit)) {
+                    (Some(_), _) | (None, 0) => LOOK,
+                    (None, seconds) => {
+                        match Duration::from_secs(seconds).checked_sub(since.elapsed()) {
+                            Some(left) => left.min(LOOK),
+                            None => return Came::Nobody,
+                        }
                     }
-                }
-            };
+                };
             if self.terms.recover.is_none() && !self.door.is_automatic() {
                 return Came::Nobody; // Nobody is left to say how to go on.
             }

@@ -10,7 +10,7 @@ use super::{KeptVm, machine};
 use crate::address::Address;
 use crate::error::Error;
 use crate::rescue::LOST_PAGES;
-use crate::settings::{AutoRecover, Parameters};
+use crate::settings::{AutoRecover, Current, Parameters};
 use crate::source::postcopy::{self, Failed, HandOver, Postcopy};
 use crate::source::recover::Ways;
 use crate::source::setup::PINGS_AT_SETUP;
@@ -132,17 +132,17 @@ pub(super) fn send(
     report.guest_stops();
     report.set_status(MigrationStatus::Device);
     let (auto_recover, recover_time_limit) = how.auto_recover;
-    let parameters = Parameters {
+    let parameters = Current::of(Parameters {
         max_postcopy_bandwidth: how.max_bandwidth,
         auto_recover,
         recover_time_limit,
         silence_limit: restoring.silence_limit,
         ..Parameters::default()
-    };
+    });
     let postcopy = Postcopy {
         ram: &vm.ram,
         report,
-        parameters: &|| parameters.clone(),
+        parameters: &parameters,
         cancel: &restoring.cancel,
         links: &restoring.links,
         content: Some(vm.content()),

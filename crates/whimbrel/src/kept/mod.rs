@@ -43,7 +43,7 @@ use crate::error::Error;
 use crate::recovery;
 use crate::report::{Report, Side};
 use crate::rescue::Missing;
-use crate::settings::{AutoRecover, Parameters};
+use crate::settings::{AutoRecover, Current, Parameters};
 use crate::status::{FaultStats, MigrationInfo, MigrationStatus, SocketAddressInfo};
 use crate::worker::{Cancel, Links};
 
@@ -222,6 +222,7 @@ impl Receiver {
         let mut keeper = keeper::Keeper::new(path, self.touch, self.access, &self.cancel);
         let Receiver { listener, cancel, links, placed, preempt, multifd, parameters, .. } = self;
         let listener = Arc::new(listener.waiting_no_longer_than(recovery::silence(&parameters)));
+        let current = Current::of(parameters);
         let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
         keeper.is_of(arrivals.uuid);
         let stop = arrivals.stop.clone();
@@ -237,7 +238,7 @@ impl Receiver {
                         links: &links,
                         preempt,
                         blocktime: false,
-                        parameters: &|| parameters.clone(),
+                        parameters: &current,
                         recover: None,
                         orders: None,
                         stands: &|status, reason| stands(&report, status, reason),
@@ -252,9 +253,10 @@ impl Receiver {
             return kept;
         };
         // It is on the disk: a source that has gone cannot change that, and is not waited for long.
+        let parameters = current.get();
         let limit = parameters.recover_time_limit.clamp(1, FAREWELL_MAX);
-        let parameters = Parameters { recover_time_limit: limit, ..parameters };
-        let _ = incoming.see_off(back, &links, &|| parameters.clone());
+        let parameters = Current::of(Parameters { recover_time_limit: limit, ..parameters });
+        let _ = incoming.see_off(back, &links, &parameters);
         Ok(KeptSummary { faults: report.info().faults, ..summary })
     }
 }

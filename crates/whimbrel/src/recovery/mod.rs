@@ -5,11 +5,12 @@
 //! missing. To go on the source connects anew, the destination says which pages it has
 //! ([`exchange`]), and only the others are sent again.
 //!
-//! Who may go on is decided by [`proofs`] between two whimbrels; a QEMU proves nothing, and so is
+//! Who may go on is decided by [`proofs`] and [`admission`] between two whimbrels; a QEMU proves nothing, and so is
 //! waited for only where somebody says so ([`way_on`]). When to try is
 //! [`plan::Retry`](crate::plan::Retry)'s to say. The source's part is `source/recover.rs`, the
 //! destination's `destination/recover.rs` and `destination/door.rs`.
 
+mod admission;
 pub(crate) mod exchange;
 pub(crate) mod proofs;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod way_on;
 
 use std::time::{Duration, Instant};
 
+pub(crate) use admission::Admission;
 pub(crate) use way_on::WayOn;
 
 use crate::settings::{AutoRecover, Parameters};

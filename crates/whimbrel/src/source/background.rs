@@ -22,7 +22,7 @@ use crate::error::Error;
 use crate::plan::{Pace, Rate, Share};
 use crate::recovery::{Beat, PING_BEAT};
 use crate::report::{Report, add, get, set};
-use crate::settings::Parameters;
+use crate::settings::Current;
 
 /// How long it steps back for urgent pages at once.
 const STEP_BACK: Duration = Duration::from_millis(1);
@@ -36,7 +36,7 @@ pub(super) struct Background<'a> {
     pub(super) pages: Pages<'a>,
     pub(super) sweep: Sweep,
     pub(super) report: &'a Report,
-    pub(super) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    pub(super) parameters: &'a Current,
     pub(super) wanted: &'a Wanted,
     pub(super) said: &'a Said,
     pub(super) held: Held,
@@ -59,11 +59,16 @@ fn end_part(out: &mut Out) {
 }
 
 impl Background<'_> {
+    /// Bytes a second that nobody asked for.
+    fn bandwidth(&self) -> u64 {
+        self.parameters.with(|p| p.max_postcopy_bandwidth)
+    }
+
     /// Sends until nothing is left, as PARTs of the `ram` section; `beside` send, too.
     pub(super) fn run(mut self, out: &mut Out, beside: Option<&Crew<'_>>) -> Result<Beat, Error> {
         begin_part(out);
         let now = || self.report.started().elapsed();
-        let mut pace = Pace::new((self.parameters)().max_postcopy_bandwidth, now());
+        let mut pace = Pace::new(self.bandwidth(), now());
         let mut share = Share::default();
         loop {
             if self.said.is_over() {
@@ -80,7 +85,7 @@ impl Background<'_> {
             }
             // Also all the rest of a host page that somebody waits for: no pace is kept with it.
             let asked = self.take_asked(out)? || self.pages.is_waited_for();
-            pace.set_rate((self.parameters)().max_postcopy_bandwidth, now());
+            pace.set_rate(self.bandwidth(), now());
             let wait = pace.wait(now());
             if !asked {
                 if self.map.pending() == 0 && !self.pages.has_begun_one() {

@@ -43,7 +43,7 @@ use crate::hello::{Features, PING_PARKED};
 use crate::objects::Router;
 use crate::recovery::{self, WayOn};
 use crate::report::{EndsFailed, Report, add};
-use crate::settings::{Capabilities, Capability, Parameters};
+use crate::settings::{Capabilities, Capability, Current};
 use crate::status::{Event, MigrationStatus, RunState};
 use crate::worker::{Cancel, Links};
 use multifd::{Channels, Crew, Dialect, Opening, Terms};
@@ -76,7 +76,7 @@ pub(crate) struct Job {
 }
 
 impl Job {
-    pub(crate) fn parameters(&self) -> Parameters {
+    pub(crate) fn parameters(&self) -> &Current {
         self.router.parameters()
     }
 
@@ -199,7 +199,7 @@ fn prepare(job: &Job) -> Result<Begun<'_>, Error> {
         )));
     }
     let vm = job.guest.vm();
-    let parameters = job.parameters();
+    let parameters = job.parameters().get();
     let channels = match job.has(Capability::Multifd) {
         false => None,
         true => {
@@ -319,7 +319,7 @@ fn guest_first(
     let postcopy = Postcopy {
         ram,
         report: &job.report,
-        parameters: &|| job.parameters(),
+        parameters: job.parameters(),
         cancel: &job.cancel,
         links: &job.links,
         content: None,

@@ -62,7 +62,7 @@ impl Postcopy<'_> {
     /// are answered, leaves the guest here.
     fn wait_until_it_may_go(&self, said: &Said, before_run: Option<u32>) -> Result<(), Error> {
         if let Some(pong) = before_run {
-            let limit = recovery::silence(&(self.parameters)()).map(|limit| limit.max(LOADING));
+            let limit = self.parameters.with(recovery::silence).map(|limit| limit.max(LOADING));
             said.wait_for_pong(pong, limit, self.cancel)?;
         }
         if self.cancel.is_set() {

@@ -22,7 +22,7 @@ use crate::hello::Features;
 use crate::recovery;
 use crate::recovery::proofs::{self, Proofs};
 use crate::report::Report;
-use crate::settings::Parameters;
+use crate::settings::Current;
 use crate::status::MigrationStatus;
 use crate::worker::{Cancel, Links};
 
@@ -53,7 +53,7 @@ pub(crate) enum Failed {
 pub(crate) struct Postcopy<'a> {
     pub(crate) ram: &'a GuestRam,
     pub(crate) report: &'a Report,
-    pub(crate) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    pub(crate) parameters: &'a Current,
     /// Ends everything up to the hand-over.
     pub(crate) cancel: &'a Cancel,
     /// End everything after it.
@@ -147,7 +147,7 @@ impl<'a> Postcopy<'a> {
     ) -> Result<Recover<'a>, Error> {
         let proofs = match agreed.has(Features::RECOVERS) {
             true => {
-                let beat = recovery::beat(&(self.parameters)()).unwrap_or_default();
+                let beat = self.parameters.with(recovery::beat).unwrap_or_default();
                 let beat_ms = u32::try_from(beat.as_millis()).unwrap_or(u32::MAX);
                 let identity = proofs::new_identity(beat_ms)?;
                 self.report.is_of(identity.id);

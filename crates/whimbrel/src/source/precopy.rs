@@ -15,7 +15,7 @@ use super::xbzrle::Deltas;
 use crate::error::Error;
 use crate::plan::{Convergence, Next, Pace, Throttle};
 use crate::report::{add, set};
-use crate::settings::Capability;
+use crate::settings::{Capability, Parameters};
 use crate::status::Event;
 
 /// How long one PART lasts, so that decisions are taken often enough.
@@ -68,7 +68,7 @@ impl<'j> Precopy<'j> {
             None => {
                 let deltas = job.has(Capability::Xbzrle).then(|| Deltas::new(job));
                 let pages = Pages::new(ram, &job.report, deltas).leave_untouched();
-                let pace = Pace::new(job.parameters().max_bandwidth, now);
+                let pace = Pace::new(job.parameters().with(|p| p.max_bandwidth), now);
                 Road::Main { pages: Box::new(pages), sweep: map.sweep(), pace }
             }
         };
@@ -92,10 +92,10 @@ impl<'j> Precopy<'j> {
                 self.end_turn(stream)?;
                 return Ok(Switch::Postcopy);
             }
-            let parameters = self.job.parameters();
             let pending = self.map.pending() * TARGET_PAGE.bytes() as u64;
             self.tell(pending);
-            match self.convergence.next(pending, fresh, turn_done, &parameters) {
+            let next = |p: &Parameters| self.convergence.next(pending, fresh, turn_done, p);
+            match self.job.parameters().with(next) {
                 Next::SwitchOver => return Ok(Switch::Precopy),
                 Next::Sync => {
                     self.sync(stream)?;
@@ -130,8 +130,9 @@ impl<'j> Precopy<'j> {
         let sent = bytes - std::mem::replace(&mut self.bytes_at_sync, bytes);
         if self.job.has(Capability::AutoConverge) {
             let dirtied = dirtied * TARGET_PAGE.bytes() as u64;
-            let parameters = self.job.parameters();
-            if let Some(percent) = self.throttle.synced(&parameters, dirtied, sent, now) {
+            let throttle = &mut self.throttle;
+            let percent = |p: &Parameters| throttle.synced(p, dirtied, sent, now);
+            if let Some(percent) = self.job.parameters().with(percent) {
                 self.job.guest.vm().throttle(percent);
                 self.job.report.counters.throttle_percent.store(percent, Ordering::Relaxed);
             }
@@ -168,7 +169,7 @@ impl<'j> Precopy<'j> {
         let mut turn_done = false;
         while !turn_done && self.job.now() < end && !self.job.postcopy.is_set() {
             let before = stream.out.bytes() - stream.out.gathered() as u64;
-            pace.set_rate(self.job.parameters().max_bandwidth, self.job.now());
+            pace.set_rate(self.job.parameters().with(|p| p.max_bandwidth), self.job.now());
             let batch = pace.batch(BATCH_MAX);
             turn_done = pages.gather(self.map, sweep, Some(self.log), &mut stream.out, batch)?;
             stream.flush()?;
@@ -192,7 +193,7 @@ impl<'j> Precopy<'j> {
     /// Lets the channels send; what is said on the main channel is only what they cannot say.
     fn part_on_channels(&mut self, crew: &Crew<'_>, stream: &mut Stream) -> Result<bool, Error> {
         let before = self.bytes(stream);
-        crew.set_rate(Some(self.job.parameters().max_bandwidth));
+        crew.set_rate(Some(self.job.parameters().with(|p| p.max_bandwidth)));
         crew.set_agreed(stream.agreed());
         if let Road::Channels { turn, .. } = &mut self.road
             && !std::mem::replace(turn, true)
@@ -233,13 +234,15 @@ impl<'j> Precopy<'j> {
     }
 
     fn tell(&self, pending: u64) {
-        let parameters = self.job.parameters();
         let counters = &self.job.report.counters;
-        let bandwidth = self.convergence.bandwidth(&parameters);
+        let told = |p: &Parameters| {
+            (self.convergence.bandwidth(p), self.convergence.expected_downtime(pending, p))
+        };
+        let (bandwidth, expected) = self.job.parameters().with(told);
         set(&counters.remaining, pending);
         set(&counters.bytes_per_second, bandwidth);
         set(&counters.pages_per_second, bandwidth / TARGET_PAGE.bytes() as u64);
-        if let Some(expected) = self.convergence.expected_downtime(pending, &parameters) {
+        if let Some(expected) = expected {
             let ms = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
             set(&counters.expected_downtime_ms, ms);
         }

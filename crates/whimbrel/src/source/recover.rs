@@ -23,7 +23,7 @@ use crate::plan::Retry;
 use crate::recovery::exchange::SourceExchange;
 use crate::recovery::proofs::{Proofs, Ticket, random};
 use crate::recovery::{self, ANSWER, WayOn};
-use crate::settings::Parameters;
+use crate::settings::Current;
 use crate::status::MigrationStatus;
 use crate::worker::{Cancel, Links};
 
@@ -39,7 +39,7 @@ pub(crate) struct Ways<'a> {
 /// What the broken connections leave behind for those that take their places.
 pub(super) struct Recover<'a> {
     pub(super) ram: &'a GuestRam,
-    pub(super) parameters: &'a (dyn Fn() -> Parameters + Sync),
+    pub(super) parameters: &'a Current,
     pub(super) links: &'a Links,
     pub(super) ways: Ways<'a>,
     pub(super) route: Route,
@@ -94,13 +94,13 @@ impl Recover<'_> {
     }
 
     fn limit(&self) -> Option<Duration> {
-        let seconds = (self.parameters)().recover_time_limit;
+        let seconds = self.parameters.with(|p| p.recover_time_limit);
         (seconds > 0).then(|| Duration::from_secs(seconds))
     }
 
     /// Whether it may go on without being told to.
     fn is_automatic(&self) -> bool {
-        recovery::is_automatic(self.links, &(self.parameters)(), self.proofs.is_some())
+        self.parameters.with(|p| recovery::is_automatic(self.links, p, self.proofs.is_some()))
     }
 
     /// A connection to the destination, or to whoever is there now.
@@ -263,7 +263,7 @@ impl Recover<'_> {
         what: &str,
         mut take: impl FnMut(&Answer) -> Option<Result<bool, &'static str>>,
     ) -> Result<(), Error> {
-        let limit = recovery::silence(&(self.parameters)()).unwrap_or(FOREVER);
+        let limit = self.parameters.with(recovery::silence).unwrap_or(FOREVER);
         let answers = stream.answers.as_mut().expect("a recovery has a return path");
         loop {
             let answer = answers.next(stream.out.channel(), Instant::now() + limit)?;

@@ -147,11 +147,11 @@ impl<'a> Postcopy<'a> {
         let links = self.links.current();
         stream.out.channel().heed(links.clone());
         if let Some(said) = told {
-            said.wait_until_told(recovery::silence(&(self.parameters)()), &links)?;
+            said.wait_until_told(self.parameters.with(recovery::silence), &links)?;
         }
         let Some((opening, ticket)) = again else { return Ok(None) };
         let hello = |number| ticket.words(HelloKind::Multifd(number));
-        let parameters = (self.parameters)();
+        let parameters = self.parameters.get();
         Channels::connect_again(route, &links, self.links, opening, &parameters, &hello).map(Some)
     }
 
@@ -186,7 +186,7 @@ impl<'a> Postcopy<'a> {
             out,
             last_block: None,
             exchange,
-            silence: recovery::silence(&(self.parameters)()),
+            silence: self.parameters.with(recovery::silence),
         })
     }
 
@@ -204,7 +204,7 @@ impl<'a> Postcopy<'a> {
         Command::Ping(PING_BEHIND).encode(stream.out.words());
         stream.out.flush()?;
         said.is_asked_from_now_on();
-        let beat = Beat::new(recovery::beat(&(self.parameters)()));
+        let beat = Beat::new(self.parameters.with(recovery::beat));
         let mut pages = Pages::new(self.ram, self.report, None);
         pages = match &self.content {
             Some(content) => pages.only_content_in(Some(content.clone())),
@@ -257,7 +257,7 @@ impl<'a> Postcopy<'a> {
         mut channels: Channels,
     ) -> Result<Channels, Error> {
         channels.heed(&self.links.current());
-        let unpaced = || (self.parameters)().max_postcopy_bandwidth == 0;
+        let unpaced = || self.parameters.with(|p| p.max_postcopy_bandwidth) == 0;
         let terms = Terms {
             ram: self.ram,
             report: self.report,

@@ -47,7 +47,7 @@ struct Slot {
 
 impl Deltas {
     pub(super) fn new(job: &Job) -> Deltas {
-        let cache_size = job.parameters().xbzrle_cache_size;
+        let cache_size = job.parameters().with(|p| p.xbzrle_cache_size);
         let count = usize::try_from(cache_size / PAGE as u64).unwrap_or(usize::MAX);
         // More slots than pages would stay empty.
         let pages = job.guest.vm().ram().total_bytes() / PAGE as u64;

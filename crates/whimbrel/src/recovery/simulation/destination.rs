@@ -492,7 +492,7 @@ impl World<'_> {
         let (nonce, ram) = (self.dice.fill(), &self.shape.ram);
         let proofs = self.destination.proofs.clone().expect("between whimbrels");
         let attempt = Attempt { number: hello.attempt, source: hello.nonce, destination: nonce };
-        self.destination.door.ticket = Some(Ticket::new(&proofs, attempt));
+        self.destination.door.admission.admit(Ticket::new(&proofs, attempt));
         self.wake(Actor::Door);
         DestinationExchange::with_whimbrel(proofs, hello, nonce, ram)
     }

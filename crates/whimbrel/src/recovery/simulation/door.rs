@@ -4,7 +4,7 @@ use whimbrel_wire::recovery::{Hello, HelloKind};
 
 use super::net::{Between, End, Line};
 use super::world::{Actor, World};
-use crate::recovery::proofs::Ticket;
+use crate::recovery::Admission;
 
 /// The first bytes of a QEMU's new main channel.
 const RECV_BITMAP: [u8; 3] = [8, 0, 10];
@@ -14,11 +14,10 @@ pub(super) struct Door {
     /// Connections of which it is not known what they are.
     pub(super) queue: Vec<Line>,
     pub(super) paused: bool,
-    pub(super) ticket: Option<Ticket>,
+    pub(super) admission: Admission,
     pub(super) expects_urgent: bool,
     pub(super) beside: Vec<(HelloKind, Line)>,
     pub(super) visitor: Option<(Line, Visitor)>,
-    pub(super) attempt: u32,
     /// The latest that ever was let in.
     pub(super) admitted: u32,
 }
@@ -75,23 +74,15 @@ impl World<'_> {
                 () => Judged::NotYet,
             };
         };
-        let begun = here.len().min(Hello::MAGIC.len());
-        if here[..begun] != Hello::MAGIC[..begun] {
-            return Judged::Refused;
-        }
-        let Some(first) = here.first_chunk() else {
-            return if ends { Judged::Refused } else { Judged::NotYet };
-        };
-        let Some(hello) = Hello::parse(first) else { return Judged::Refused };
-        let seen = match hello.kind {
-            HelloKind::Main if !proofs.admits(&hello) || hello.attempt <= door.attempt => None,
-            HelloKind::Main => Some(Seen::Main(Visitor::Whimbrel(hello))),
-            kind => {
-                let admits = door.ticket.as_ref().is_some_and(|ticket| ticket.admits(&hello));
-                admits.then_some(Seen::Beside(kind))
+        let seen = match door.admission.judge(proofs, here) {
+            Ok(Some(hello)) if hello.kind == HelloKind::Main => {
+                Seen::Main(Visitor::Whimbrel(hello))
             }
+            Ok(Some(hello)) => Seen::Beside(hello.kind),
+            Ok(None) if ends => return Judged::Refused,
+            Ok(None) => return Judged::NotYet,
+            Err(_) => return Judged::Refused,
         };
-        let Some(seen) = seen else { return Judged::Refused };
         self.net.take(line, End::Destination, Hello::LEN);
         Judged::LetIn(seen)
     }
@@ -106,12 +97,11 @@ impl World<'_> {
             Seen::Main(visitor) => {
                 match &visitor {
                     Visitor::Whimbrel(hello) => {
-                        door.attempt = hello.attempt;
+                        door.admission.begin(hello.attempt);
                         door.admitted = door.admitted.max(hello.attempt);
                     }
                     Visitor::Qemu => door.expects_urgent = self.setting.preempt,
                 }
-                door.ticket = None;
                 let old = door.visitor.replace((line, visitor));
                 if !door.paused {
                     // It knows that the old connections are dead.
@@ -134,7 +124,8 @@ impl World<'_> {
     pub(super) fn door_is_paused(&mut self) {
         let door = &mut self.destination.door;
         door.paused = true;
-        (door.ticket, door.expects_urgent) = (None, false);
+        door.admission.close();
+        door.expects_urgent = false;
         for (_, line) in std::mem::take(&mut door.beside) {
             self.close(line, End::Destination);
         }
