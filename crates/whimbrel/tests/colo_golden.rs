@@ -11,7 +11,7 @@ use whimbrel::kept::{KeptVm, Receiver, StoodBy};
 use whimbrel::{Address, SocketAddressInfo};
 use whimbrel_wire::{
     ColoMessage, Decoded, MainDecoder, MainOptions, MultifdDecoded, MultifdDecoder, RamRecord,
-    ReturnDecoded, ReturnDecoder, TargetPage,
+    ReturnDecoded, ReturnDecoder, TargetPage, multifd::MultifdInit,
 };
 
 const PAGE: usize = 4096;
@@ -187,16 +187,24 @@ fn replay(
         thread::Builder::new().name("standby".into()).spawn(work).expect("a thread")
     };
     let mut primary = Primary::connect(&format!("{host}:{port}"), channels.len());
-    let (mut sent, mut sent_beside) = (0, vec![0; channels.len()]);
+    let (mut sent, mut rounds_sent) = (0, 0);
+    let mut sent_beside = vec![MultifdInit::LEN; channels.len()];
+    // First: nobody reads on before all of them have said what they are.
+    for (stream, (bytes, _)) in primary.channels.iter_mut().zip(channels) {
+        stream.write_all(&bytes[..MultifdInit::LEN]).expect("open");
+    }
     for &(_, (rounds, end)) in moments {
-        // First: nobody reads the others before it has said that it is there.
         primary.main.write_all(&main[sent..end.min(len)]).expect("open");
-        for ((stream, (bytes, ends)), sent) in
-            primary.channels.iter_mut().zip(channels).zip(&mut sent_beside)
-        {
-            stream.write_all(&bytes[*sent..ends[rounds - 1]]).expect("open");
-            *sent = ends[rounds - 1];
+        // Round by round: who has ended one reads on when all of them have.
+        for round in rounds_sent..rounds {
+            for ((stream, (bytes, ends)), sent) in
+                primary.channels.iter_mut().zip(channels).zip(&mut sent_beside)
+            {
+                stream.write_all(&bytes[*sent..ends[round]]).expect("open");
+                *sent = ends[round];
+            }
         }
+        rounds_sent = rounds;
         sent = end;
         if end > len {
             break;
