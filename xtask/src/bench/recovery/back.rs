@@ -13,7 +13,7 @@ use serde_json::json;
 use whimbrel_peers::qmp::Qmp;
 use whimbrel_peers::wait;
 
-use super::cable::Cable;
+use super::cable::{Cable, Fault};
 use super::figures::Return;
 use super::vm::{self, MIGRATION_MAX};
 use crate::bench::contender::{Memory, Side};
@@ -54,10 +54,12 @@ impl Stage<'_> {
     pub(super) fn run(
         &self,
         contender: &Contender<'_>,
+        fault: Fault,
         outages: &[Duration],
     ) -> Result<Vec<Return>> {
         let mut destination = self.start(contender, End::Destination)?;
         let mut source = self.start(contender, End::Source)?;
+        let processes = [source.id(), destination.id()];
         let (from, to) = (&mut source.qmp, &mut destination.qmp);
         let uri = match contender {
             Contender::Whimbrel { .. } => {
@@ -72,14 +74,14 @@ impl Stage<'_> {
         };
         let slow = json!({ "max-bandwidth": BANDWIDTH, "max-postcopy-bandwidth": BANDWIDTH });
         from.execute("migrate-set-parameters", &slow)?;
-        let mut cable = Cable::of(self.network)?;
+        let mut cable = Cable::of(self.network, fault)?;
         vm::begin_postcopy(from, to, &uri)?;
         let mut returns = Vec::new();
         for outage in outages {
             sleep(MOVING);
             let back = match contender {
-                Contender::Whimbrel { .. } => by_itself(from, to, &mut cable, *outage),
-                Contender::Qemu { .. } => by_hand(from, to, &mut cable, *outage),
+                Contender::Whimbrel { .. } => by_itself(from, to, &processes, &mut cable, *outage),
+                Contender::Qemu { .. } => by_hand(from, to, &processes, &mut cable, *outage),
             };
             returns.push(back.with_context(|| format!("{} s away", outage.as_secs_f64()))?);
         }
@@ -118,6 +120,7 @@ impl Stage<'_> {
 fn by_itself(
     source: &mut Qmp,
     destination: &mut Qmp,
+    processes: &[u32],
     cable: &mut Cable,
     outage: Duration,
 ) -> Result<Return> {
@@ -131,7 +134,7 @@ fn by_itself(
     };
     let before = until_it_stands_still(destination, &mut progress)?;
     sleep(outage.saturating_sub(pulled.elapsed()));
-    let back = Back::plug_in(cable)?;
+    let back = Back::plug_in(cable, processes)?;
     let first = back.first_page(destination, before, &mut progress, || Ok(()))?;
     back.whole(first, source, outage)
 }
@@ -141,6 +144,7 @@ fn by_itself(
 fn by_hand(
     source: &mut Qmp,
     destination: &mut Qmp,
+    processes: &[u32],
     cable: &mut Cable,
     outage: Duration,
 ) -> Result<Return> {
@@ -155,7 +159,7 @@ fn by_hand(
     let before = until_it_stands_still(destination, &mut progress)?;
     sleep(outage.saturating_sub(pulled.elapsed()));
     let again = json!({ "uri": uri, "resume": true });
-    let back = Back::plug_in(cable)?;
+    let back = Back::plug_in(cable, processes)?;
     source.execute("migrate", &again)?;
     let mut looked = Instant::now();
     let first = back.first_page(destination, before, &mut progress, || {
@@ -184,33 +188,39 @@ fn until_it_stands_still(
 }
 
 /// The moment in which the link came back, on both clocks.
-struct Back {
+struct Back<'a> {
     at: Instant,
     wall: Duration,
+    processes: &'a [u32],
+    /// What they had waited for a processor until then, in ms.
+    waited_ms: f64,
 }
 
-impl Back {
-    fn plug_in(cable: &mut Cable) -> Result<Self> {
+impl<'a> Back<'a> {
+    fn plug_in(cable: &mut Cable, processes: &'a [u32]) -> Result<Self> {
+        let waited_ms = waited_ms(processes)?;
         let at = Instant::now();
         let wall = SystemTime::now().duration_since(UNIX_EPOCH)?;
         cable.plug_in()?;
-        Ok(Self { at, wall })
+        Ok(Self { at, wall, processes, waited_ms })
     }
 
-    /// How long until the guest had made progress, and how long before that it had not, both in ms.
+    /// How long until the guest had made progress, how long before that it had not, and what both
+    /// processes waited for a processor meanwhile, all in ms.
     fn first_page(
         &self,
         destination: &mut Qmp,
         before: u64,
         progress: &mut dyn FnMut(&mut Qmp) -> Result<u64>,
         mut meanwhile: impl FnMut() -> Result<()>,
-    ) -> Result<[f64; 2]> {
+    ) -> Result<[f64; 3]> {
         let ms = || self.at.elapsed().as_secs_f64() * 1e3;
         let mut still = ms();
         loop {
             let asked = ms();
             if progress(destination)? != before {
-                return Ok([ms(), still]);
+                let first = ms();
+                return Ok([first, still, waited_ms(self.processes)? - self.waited_ms]);
             }
             still = asked;
             ensure!(self.at.elapsed() < BACK_MAX, "no page came in {} s", BACK_MAX.as_secs());
@@ -221,7 +231,7 @@ impl Back {
 
     fn whole(
         &self,
-        [first_page_ms, still_ms]: [f64; 2],
+        [first_page_ms, still_ms, waited_ms]: [f64; 3],
         source: &mut Qmp,
         outage: Duration,
     ) -> Result<Return> {
@@ -230,7 +240,39 @@ impl Back {
             outage_s: outage.as_secs_f64(),
             first_page_ms,
             still_ms,
+            waited_ms,
             active_ms: active.saturating_sub(self.wall).as_secs_f64() * 1e3,
         })
+    }
+}
+
+/// How long the threads of these processes have waited for a processor, all together.
+fn waited_ms(processes: &[u32]) -> Result<f64> {
+    let mut ms = 0.0;
+    for process in processes {
+        for thread in std::fs::read_dir(format!("/proc/{process}/task"))? {
+            // One that has just ended waits for nothing.
+            let told = std::fs::read_to_string(thread?.path().join("schedstat"));
+            ms += told.map_or(Ok(0.0), |told| waited_of(&told))?;
+        }
+    }
+    Ok(ms)
+}
+
+/// From a line of /proc/PID/task/TID/schedstat: time on a processor, waiting for one, both in ns.
+fn waited_of(schedstat: &str) -> Result<f64> {
+    let ns = schedstat.split_whitespace().nth(1).with_context(|| schedstat.to_owned())?;
+    Ok(ns.parse::<f64>().with_context(|| schedstat.to_owned())? / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waiting_for_a_processor_is_the_second_figure() {
+        assert_eq!(waited_of("3302511 1500000 7\n").unwrap(), 1.5);
+        assert!(waited_of("").is_err());
+        assert!(waited_ms(&[std::process::id()]).unwrap() >= 0.0);
     }
 }

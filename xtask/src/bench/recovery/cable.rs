@@ -1,27 +1,64 @@
-//! The link's far half, which is pulled and plugged in without starting a process for it: what is timed
+//! The link as something that fails and comes back, without a process being started for it: what is timed
 //! is the link's return, not the shell's.
 
+use std::fmt;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
+use clap::ValueEnum;
 
-use crate::bench::network::Network;
+use crate::bench::network::{DESTINATION_ADDRESS, Network, SOURCE_ADDRESS};
 
-/// Pulled where the middle forwards to the destination: what it is sent meanwhile it answers as a router
-/// does (ICMP, network unreachable), and both hosts keep their addresses and routes.
+/// The middle's interface towards the destination.
 const INTERFACE: &str = "destination";
 
-/// The interface under control. Dropped, it stays as it is.
+/// What fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Fault {
+    /// Something in the middle of the network, which loses every packet: back is back
+    Middle,
+    /// The cable to the destination: it loses its carrier, and after that the kernels at both ends have
+    /// to find each other again (ARP)
+    Cable,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match self {
+            Self::Middle => "middle",
+            Self::Cable => "cable",
+        })
+    }
+}
+
+impl Fault {
+    /// In the words of `ip`.
+    fn orders(self, back: bool) -> String {
+        match (self, back) {
+            (Self::Cable, false) => format!("link set {INTERFACE} down\n"),
+            (Self::Cable, true) => format!("link set {INTERFACE} up\n"),
+            (Self::Middle, _) => {
+                let what = if back { "del" } else { "add" };
+                [DESTINATION_ADDRESS, SOURCE_ADDRESS]
+                    .map(|host| format!("route {what} blackhole {host}/32\n"))
+                    .concat()
+            }
+        }
+    }
+}
+
+/// The link under control. Dropped, it stays as it is.
 #[derive(Debug)]
 pub(super) struct Cable {
+    fault: Fault,
     ip: Child,
     tell: ChildStdin,
     says: BufReader<ChildStdout>,
 }
 
 impl Cable {
-    pub(super) fn of(network: &Network) -> Result<Self> {
+    pub(super) fn of(network: &Network, fault: Fault) -> Result<Self> {
         let mut ip = Command::new("ip")
             .args(["-n", network.middle(), "-oneline", "-batch", "-"])
             .stdin(Stdio::piped())
@@ -30,28 +67,26 @@ impl Cable {
             .context("ip did not start: iproute2 is needed")?;
         let tell = ip.stdin.take().context("ip has no input")?;
         let says = BufReader::new(ip.stdout.take().context("ip has no output")?);
-        Ok(Self { ip, tell, says })
+        Ok(Self { fault, ip, tell, says })
     }
 
     pub(super) fn pull(&mut self) -> Result<()> {
-        self.set("down")
+        self.set(false)
     }
 
     pub(super) fn plug_in(&mut self) -> Result<()> {
-        self.set("up")
+        self.set(true)
     }
 
-    /// Returns when it is done: `ip` obeys in order, and tells of the interface only then.
-    fn set(&mut self, state: &str) -> Result<()> {
-        let orders = format!("link set {INTERFACE} {state}\nlink show {INTERFACE}\n");
+    /// Returns when it is done: `ip` obeys in order, ends at the first order that fails, and tells of the
+    /// interface only then.
+    fn set(&mut self, back: bool) -> Result<()> {
+        let orders = format!("{}link show {INTERFACE}\n", self.fault.orders(back));
         self.tell.write_all(orders.as_bytes()).context("ip is gone")?;
         let mut said = String::new();
         self.says.read_line(&mut said)?;
-        ensure!(
-            is_up(&said) == (state == "up"),
-            "the link is not {state}: ip says {:?}",
-            said.trim()
-        );
+        let expected = back || self.fault == Fault::Middle;
+        ensure!(!said.is_empty() && is_up(&said) == expected, "ip did not obey {orders:?}: {said}");
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 use whimbrel_peers::qmp::Qmp;
 
-use super::cable::Cable;
+use super::cable::{Cable, Fault};
 use super::figures::{Cuts, Kind};
 use super::queues::{self, Written};
 use super::vm::{self, MIGRATION_MAX};
@@ -53,7 +53,7 @@ impl Migration<'_> {
         let uri = vm::prepare(&mut source.qmp, &mut destination.qmp, self.silence_ms)?;
         let slow = json!({ "max-bandwidth": PRECOPY_BANDWIDTH, "max-postcopy-bandwidth": 0 });
         source.qmp.execute("migrate-set-parameters", &slow)?;
-        let mut cable = Cable::of(self.network)?;
+        let mut cable = Cable::of(self.network, Fault::Cable)?;
         let begun = Instant::now();
         vm::begin_postcopy(&mut source.qmp, &mut destination.qmp, &uri)?;
         let mut random = 1;

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use self::back::{Contender, Stage};
+use self::cable::Fault;
 use self::cuts::Migration;
 use self::figures::{Cuts, Kind, Row, cuts_table, returns_table};
 use super::contender::{Memory, Qemu, whimbrel};
@@ -63,6 +64,9 @@ pub(crate) struct Args {
     /// How long the link is away, in seconds
     #[arg(long, default_value = "1,5", value_delimiter = ',')]
     away: Vec<u64>,
+    /// What fails for so long, a migration each
+    #[arg(long, default_value = "middle,cable", value_delimiter = ',')]
+    faults: Vec<Fault>,
     /// How often in one migration, each of these
     #[arg(long, default_value_t = 5)]
     returns: usize,
@@ -165,7 +169,8 @@ impl Bench<'_> {
 
     /// Every contender in turn, and over again.
     fn returns(&self, workspace: &Workspace, network: &Network) -> Result<(Vec<Row>, bool)> {
-        let Args { memory, silence_limit, away, returns, runs, pairs, qemu, .. } = self.args;
+        let Args { memory, silence_limit, away, faults, returns, runs, pairs, qemu, .. } =
+            self.args;
         let qemu = match pairs.contains(&Who::Qq) {
             true => Some(Qemu::find(workspace, qemu.as_deref())?),
             false => None,
@@ -185,10 +190,13 @@ impl Bench<'_> {
             });
         }
         let mut rows: Vec<Row> = Vec::new();
-        for outage_s in away {
+        for (fault, outage_s) in
+            faults.iter().flat_map(|fault| away.iter().map(move |seconds| (fault, seconds)))
+        {
             rows.extend(contenders.iter().map(|(name, contender)| Row {
                 contender: name.clone(),
                 is_ours: matches!(contender, Contender::Whimbrel { .. }),
+                fault: *fault,
                 outage_s: Duration::from_secs(*outage_s).as_secs_f64(),
                 returns: Vec::new(),
             }));
@@ -198,25 +206,30 @@ impl Bench<'_> {
         let outages = outages.repeat(*returns);
         let mut whole = true;
         for run in 1..=*runs {
-            let mut order: Vec<_> = contenders.iter().collect();
+            let mut order: Vec<_> = faults
+                .iter()
+                .flat_map(|fault| contenders.iter().map(move |contender| (*fault, contender)))
+                .collect();
             // A B, then B A: who comes second finds the machine as the first has left it.
             if run.is_multiple_of(2) {
                 order.reverse();
             }
-            for (name, contender) in order {
+            for (fault, (name, contender)) in order {
                 host_memory::take_what_there_is(memory.bytes() / 4)?;
-                match stage.run(contender, &outages) {
+                match stage.run(contender, fault, &outages) {
                     Ok(found) => {
                         for back in found {
-                            eprintln!("{run}/{runs}: {name}: {}", figures::line(&back));
+                            eprintln!("{run}/{runs}: {fault}, {name}: {}", figures::line(&back));
                             let row = rows.iter_mut().find(|row| {
-                                row.contender == *name && row.outage_s == back.outage_s
+                                row.contender == *name
+                                    && row.fault == fault
+                                    && row.outage_s == back.outage_s
                             });
                             row.context("an outage of no row")?.returns.push(back);
                         }
                     }
                     Err(error) => {
-                        println!("{run}/{runs}: {name}: FAILED: {error:#}");
+                        println!("{run}/{runs}: {fault}, {name}: FAILED: {error:#}");
                         whole = false;
                     }
                 }
