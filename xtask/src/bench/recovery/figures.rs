@@ -245,7 +245,7 @@ mod tests {
         assert_eq!(run.again(), 102);
         assert!(run.is_reached());
         assert!(!cuts(1103, vec![50, 50], vec![50, 50]).is_reached());
-        let table = cuts_table(&[run.clone()]);
+        let table = cuts_table(std::slice::from_ref(&run));
         let row = "| silent | 2 | 1000 | 102 | 80 | 1.275 | 100 | 1.020 | 1.02 | yes | 1 | 2 | 3 |";
         assert!(table.contains(row), "{table}");
         assert_eq!(run.json()["pages-given-up"][1], 50);

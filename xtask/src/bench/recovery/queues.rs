@@ -136,7 +136,7 @@ mod tests {
     fn words_between_pages_are_none() {
         let mut idle = parsed(SOURCE);
         (idle.queued, idle.acked) = (0, 6310);
-        assert_eq!(Written::by(&[idle]).pages_beyond(&[parsed(DESTINATION)]), 0 + 1);
+        assert_eq!(Written::by(&[idle]).pages_beyond(&[parsed(DESTINATION)]), 1);
         let mut idle = parsed(SOURCE);
         (idle.queued, idle.acked) = (0, 5401);
         assert_eq!(Written::by(&[idle]).pages_beyond(&[parsed(DESTINATION)]), 0);
