@@ -34,8 +34,8 @@ pub(crate) struct Proofs {
 }
 
 /// Bytes that nobody can guess. The kernel's own: a library's generator gathers what it begins with when
-/// it is first asked, for tens of ms of processor time, and a destination asks first when its link is back
-/// and its guest waits.
+/// it is first asked, and a destination asks first when its link is back and its guest waits. That was
+/// 100 ms and more of a first recovery.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
     let mut filled = 0;
