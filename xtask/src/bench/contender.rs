@@ -274,6 +274,11 @@ impl Side {
         }
     }
 
+    /// Its process.
+    pub(crate) fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its processor time so far.
     pub(crate) fn cpu(&self) -> Result<f64> {
         cpu_seconds(self.child.id())

@@ -18,6 +18,7 @@ mod plain;
 mod postcopy;
 mod precopy;
 mod rates;
+mod recovery;
 mod sample;
 mod scratch;
 mod zero_copy;
@@ -29,6 +30,8 @@ pub(crate) enum Bench {
     Precopy(precopy::Args),
     /// Postcopy over slow links, from and to ours and QEMU: what its faults wait (needs root)
     Postcopy(postcopy::Args),
+    /// Links that break in postcopy: what is sent again, and how soon it goes on (needs root)
+    Recovery(recovery::Args),
     /// Multifd: several channels, compressed, encrypted, over loopback and slow links (these need root)
     Multifd(multifd::Args),
     /// Whether sending without a copy (MSG_ZEROCOPY) pays on this machine
@@ -56,6 +59,7 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
     match which {
         Bench::Precopy(args) => precopy::run(workspace, args),
         Bench::Postcopy(args) => postcopy::run(workspace, args),
+        Bench::Recovery(args) => recovery::run(workspace, args),
         Bench::Multifd(args) => multifd::run(workspace, args),
         Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
         Bench::Control(args) => control::run(workspace, args),

@@ -97,6 +97,7 @@ impl Way<'_> {
 #[derive(Debug)]
 pub(super) struct Network {
     source: String,
+    middle: String,
     destination: String,
 }
 
@@ -143,7 +144,12 @@ impl Network {
             )
             .split_whitespace(),
         ))?;
-        Ok(Self { source, destination })
+        Ok(Self { source, middle, destination })
+    }
+
+    /// The namespace that forwards, whose interface towards the destination is `destination`.
+    pub(super) fn middle(&self) -> &str {
+        &self.middle
     }
 
     /// The same command, run at this end.
@@ -197,7 +203,7 @@ mod tests {
 
     #[test]
     fn a_command_keeps_its_arguments_and_variables_inside() {
-        let network = Network { source: "a".into(), destination: "b".into() };
+        let network = Network { source: "a".into(), middle: "-".into(), destination: "b".into() };
         let mut command = Command::new("qemu");
         command.args(["-m", "2 G"]).env("MODULES", "here");
         let inside = network.at(End::Destination, &command);

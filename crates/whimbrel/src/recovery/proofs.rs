@@ -7,7 +7,8 @@
 
 use std::sync::Arc;
 
-use aws_lc_rs::{hmac, rand};
+use aws_lc_rs::hmac;
+use rustix::rand::{GetRandomFlags, getrandom};
 use whimbrel_wire::recovery::{Hello, HelloKind, Identity, NONCE_LEN, PROOF_LEN, Proof, Welcome};
 
 use crate::error::Error;
@@ -32,11 +33,17 @@ pub(crate) struct Proofs {
     key: Arc<hmac::Key>,
 }
 
-/// Bytes that nobody can guess.
+/// Bytes that nobody can guess. The kernel's own: a library's generator gathers what it begins with when
+/// it is first asked, and a destination asks first when its link is back and its guest waits. That was
+/// 100 ms and more of a first recovery.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], Error> {
     let mut bytes = [0; N];
-    rand::fill(&mut bytes)
-        .map_err(|_| Error::Refused("the system has no random numbers to give".into()))?;
+    let mut filled = 0;
+    while filled < N {
+        let asked = || getrandom(&mut bytes[filled..], GetRandomFlags::empty());
+        filled += rustix::io::retry_on_intr(asked)
+            .map_err(|error| Error::system("asking the kernel for random bytes")(error.into()))?;
+    }
     Ok(bytes)
 }
 
@@ -173,6 +180,13 @@ fn label(kind: HelloKind) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn random_bytes_differ_and_fill_all_there_is() {
+        let [one, other] = [(); 2].map(|()| random::<300>().unwrap());
+        assert_ne!(one, other);
+        assert_ne!(one[256..], [0; 44], "the kernel may give 256 at a time");
+    }
 
     #[test]
     fn only_who_knows_the_secret_gets_through_and_only_now() {

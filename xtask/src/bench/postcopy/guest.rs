@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde_json::json;
 use whimbrel_peers::qmp::Qmp;
 use whimbrel_peers::wait;
 
-use super::clock::{RECORD_BYTES, Rate, Record};
+use super::clock::{NOW_AT, RECORD_BYTES, Rate, Record};
 use super::pair::Pages;
 use super::writer::{RECORD_AT, Writer};
 use crate::bench::contender::{Memory, Qemu};
@@ -102,6 +102,13 @@ impl QemuGuest {
         self.record(qmp)?.context("the guest's record is gone: its memory is not what it was")
     }
 
+    /// The guest's clock after its last touch: it stands still while the guest waits for a page.
+    pub(in crate::bench) fn last_touch(qmp: &mut Qmp) -> Result<u64> {
+        let look = format!("xp /2xw {:#x}", RECORD_AT + u32::from(NOW_AT));
+        let said = qmp.execute("human-monitor-command", &json!({ "command-line": look }))?;
+        two_words(said.as_str().unwrap_or_default())
+    }
+
     fn record(&self, qmp: &mut Qmp) -> Result<Option<Record>> {
         let arguments = json!({ "val": RECORD_AT, "size": RECORD_BYTES, "filename": self.piece });
         qmp.execute("pmemsave", &arguments)?;
@@ -128,4 +135,26 @@ pub(in crate::bench) fn whimbrel_command(
     }
     command.arg("--qmp");
     command
+}
+
+/// From a line like `0000000000200008: 0x00000001 0x00000002`, the low word first.
+fn two_words(said: &str) -> Result<u64> {
+    let mut words = said.split_whitespace().filter_map(|word| word.strip_prefix("0x"));
+    let (Some(low), Some(high)) = (words.next(), words.next()) else {
+        bail!("no two words of guest memory in {said:?}")
+    };
+    let word = |text| u32::from_str_radix(text, 16).with_context(|| said.to_owned());
+    Ok(u64::from(word(high)?) << 32 | u64::from(word(low)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_read_from_what_the_monitor_says() {
+        let said = "0000000000200008: 0x89abcdef 0x00000012\r\n";
+        assert_eq!(two_words(said).unwrap(), 0x12_89ab_cdef);
+        assert!(two_words("Cannot access memory").is_err());
+    }
 }

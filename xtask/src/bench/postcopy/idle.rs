@@ -69,7 +69,7 @@ fn ask(address: &str) -> Result<()> {
 }
 
 /// Measures the link; the median and the least round trip, in us.
-pub(super) fn round_trip(network: &Network) -> Result<Value> {
+pub(in crate::bench) fn round_trip(network: &Network) -> Result<Value> {
     let program = std::env::current_exe()?;
     let start = |end, arguments: &[&str]| {
         let mut command = Command::new(&program);
