@@ -19,6 +19,7 @@ mod recovery;
 mod rescue;
 mod restore;
 mod signals;
+mod standby;
 mod tls;
 mod tls_options;
 mod vm;
@@ -48,6 +49,8 @@ enum Command {
     Receive(receive::Receive),
     /// Send a kept VM to a QEMU or whimbrel that waits for it.
     Restore(restore::Restore),
+    /// Keep the newest checkpoint of a guest that runs elsewhere, for when its host is lost.
+    Standby(standby::Standby),
     /// Bring back a guest of which one side of a postcopy is gone for good.
     Rescue(rescue::Rescue),
     /// Make a CA and certificates, for migration over TLS.
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
         Command::Migrate(migrate) => migrate.run(),
         Command::Receive(receive) => receive.run(),
         Command::Restore(restore) => restore.run(),
+        Command::Standby(standby) => standby.run(),
         Command::Rescue(rescue) => rescue.run(),
         Command::Tls(tls) => tls.run(),
         Command::Inspect(inspect) => inspect.run(),

@@ -4,6 +4,7 @@ mod bad_input;
 mod broken_link;
 mod by_hand;
 mod cancel;
+mod colo;
 mod demo;
 mod kept;
 mod kept_in_parallel;

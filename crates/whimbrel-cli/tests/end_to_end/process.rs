@@ -146,7 +146,8 @@ impl Running {
         let mut address = None;
         until("an address to be told", || {
             let err = self.err();
-            let told = err.lines().find_map(|l| l.strip_prefix("waiting for a migration at "));
+            let told = err.lines().filter_map(|line| line.strip_prefix("waiting for a "));
+            let told = told.filter_map(|what| what.split_once(" at ")).map(|(_, at)| at).next();
             address = told.map(str::to_owned);
             address.is_some()
         });
