@@ -95,8 +95,7 @@ impl Run {
             Way::Resume(_) => (Side::Source, ColoMode::Primary),
             Way::Recover(..) => (Side::Destination, ColoMode::Secondary),
         };
-        let (report, colo) =
-            (Arc::new(Report::new(side)), Arc::new(Replication::new(part, fence)?));
+        let (report, colo) = (Arc::new(Report::new(side)), Arc::new(Replication::new(part, fence)));
         report.set_colo(colo.clone());
         Ok(Run {
             side,

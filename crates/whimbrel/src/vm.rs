@@ -44,7 +44,8 @@ pub trait Vm: Send + Sync {
     fn save(&self) -> Result<Vec<DeviceState>, VmError>;
 
     /// Takes the state of every device, in the order in which it was saved. Called once, before
-    /// the guest first runs. All of its state has arrived then, and no lock of the engine's is held;
+    /// the guest first runs; at a secondary of COLO (capability `x-colo`) for each checkpoint, while
+    /// its copy of the guest stands still. All of its state has arrived then, and no lock of the engine's is held;
     /// in postcopy some of its RAM has not, and who touches that waits for it.
     fn load(&self, devices: Vec<DeviceState>) -> Result<(), VmError>;
 

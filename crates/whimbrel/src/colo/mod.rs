@@ -15,8 +15,7 @@ pub(crate) mod flush;
 pub(crate) mod primary;
 pub(crate) mod secondary;
 
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crate::error::Error;
@@ -32,10 +31,8 @@ pub(crate) type Fence = Arc<dyn Fn() -> Result<(), VmError> + Send + Sync>;
 /// A side of COLO, as it is told and asked from outside.
 pub(crate) struct Replication {
     side: ColoMode,
-    /// A checkpoint is wanted now.
-    wanted: Bell,
-    /// Something was said that ends a wait for it.
-    said: Bell,
+    /// Something was said that a side waits for; there is none before it begins.
+    said: OnceLock<Bell>,
     fence: Option<Fence>,
     state: Mutex<State>,
 }
@@ -45,6 +42,8 @@ struct State {
     status: ColoStatus,
     /// `x-colo-lost-heartbeat`.
     asked: bool,
+    /// A checkpoint is to be taken now.
+    wanted: bool,
     /// What ends the waits on the connections, while there are any.
     ends: Option<Cancel>,
     counted: Counted,
@@ -75,9 +74,8 @@ impl std::fmt::Debug for Replication {
 }
 
 impl Replication {
-    pub(crate) fn new(side: ColoMode, fence: Option<Fence>) -> Result<Replication, Error> {
-        let bell = || Bell::new().map_err(Error::system("making an eventfd"));
-        Ok(Replication { side, wanted: bell()?, said: bell()?, fence, state: Mutex::default() })
+    pub(crate) fn new(side: ColoMode, fence: Option<Fence>) -> Replication {
+        Replication { side, said: OnceLock::new(), fence, state: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -86,10 +84,17 @@ impl Replication {
     }
 
     /// Both sides have all of the guest. `ends` is what ends the waits on the connections.
-    fn begins(&self, ends: &Cancel) {
+    fn begins(&self, ends: &Cancel) -> Result<(), Error> {
+        let said = Bell::new().map_err(Error::system("making an eventfd"))?;
+        assert!(self.said.set(said).is_ok(), "it begins once");
         let mut state = self.lock();
         state.status.mode = self.side;
         state.ends = Some(ends.clone());
+        Ok(())
+    }
+
+    fn said(&self) -> &Bell {
+        self.said.get().expect("it has begun")
     }
 
     /// Whether it ever came so far.
@@ -112,7 +117,7 @@ impl Replication {
         if let Some(ends) = ends {
             ends.set();
         }
-        self.said.ring();
+        self.said().ring();
         Ok(())
     }
 
@@ -122,9 +127,12 @@ impl Replication {
 
     /// A checkpoint is to be taken now, and not only when it is time.
     pub(crate) fn want_checkpoint(&self) -> Result<(), Error> {
-        match self.lock().status.mode {
+        let mut state = self.lock();
+        match state.status.mode {
             ColoMode::Primary => {
-                self.wanted.ring();
+                state.wanted = true;
+                drop(state);
+                self.said().ring();
                 Ok(())
             }
             ColoMode::Secondary => Err(Error::Refused(
@@ -134,14 +142,10 @@ impl Replication {
         }
     }
 
-    /// Readable when a checkpoint is wanted.
-    fn wanted(&self) -> BorrowedFd<'_> {
-        self.wanted.as_fd()
-    }
-
-    /// From here on one has to be wanted anew.
-    fn heed(&self) {
-        self.wanted.heed();
+    /// Whether a checkpoint is wanted; from here on one has to be wanted anew.
+    fn is_wanted(&self) -> bool {
+        self.said().heed();
+        std::mem::take(&mut self.lock().wanted)
     }
 
     fn is_complete(&self, checkpoint: Checkpoint) {
@@ -177,7 +181,7 @@ impl Replication {
                 return true;
             }
             // Without a descriptor to wait on there is nothing to be done but to end.
-            if self.said.wait(cancel, None).is_ok_and(|woken| woken.is_ready()) {
+            if self.said().wait(cancel, None).is_ok_and(|woken| woken.is_ready()) {
                 continue;
             }
             return self.is_asked();

@@ -45,7 +45,7 @@ impl Primary<'_, '_> {
     pub(crate) fn run(&mut self, ends: &Cancel) -> Result<Infallible, Error> {
         self.stream.out.channel().heed(ends.clone());
         self.begin()?;
-        self.job.colo.begins(ends);
+        self.job.colo.begins(ends)?;
         self.job.report.guest_has_gone();
         give_back(&self.job.guest, self.held)?;
         self.job.set_status(MigrationStatus::Colo);
@@ -74,13 +74,11 @@ impl Primary<'_, '_> {
             let delay = Duration::from_millis(delay);
             let Some(left) = delay.checked_sub(begun.elapsed()) else { return Ok(()) };
             let channel = self.stream.out.channel();
-            let fds = [channel.as_fd(), self.job.colo.wanted()];
+            let fds = [channel.as_fd(), self.job.colo.said().as_fd()];
             ends.wait_any(&fds, left.min(LOOK)).map_err(Error::system("waiting"))?;
             // Nothing is to be said now: it is the end, or the reason for it.
             self.stream.check_answers()?;
-            let wanted = self.job.colo.wanted();
-            if ends.wait_any(&[wanted], Duration::ZERO).is_ok_and(|woken| woken.is_ready()) {
-                self.job.colo.heed();
+            if self.job.colo.is_wanted() {
                 return Ok(());
             }
         }

@@ -34,13 +34,16 @@ pub(crate) fn run<'j>(
     let log = Watching::start(guest.vm().dirty_log())?;
     let mut copy = Copy { guest, runs: false };
     guest.set_state(RunState::Colo);
-    let begun = copy.go_on(waiting.is_to_run()).and_then(|()| incoming.is_secondary());
+    let begun = copy
+        .go_on(waiting.is_to_run())
+        .and_then(|()| job.colo.begins(&ends))
+        .and_then(|()| incoming.is_secondary());
     if let Err(error) = begun {
+        job.colo.is_left();
         copy.stop()?;
         guest.set_state(RunState::Inmigrate);
         return Err(error);
     }
-    job.colo.begins(&ends);
     job.set_status(MigrationStatus::Colo);
     let mut secondary = Secondary { job, incoming: &mut incoming, waiting, copy, cache, log };
     let ended = loop {

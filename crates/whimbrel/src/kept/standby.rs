@@ -57,8 +57,8 @@ impl Receiver {
         let Receiver { listener, cancel, placed, multifd, parameters, access, .. } = self;
         let listener = listener.waiting_no_longer_than(recovery::silence(&parameters));
         let arrivals = Arrivals::wait(&listener, multifd, &cancel)?;
-        let mut newest = Newest::default();
-        newest.uuid = Some(arrivals.uuid).filter(|uuid| *uuid != [0; 16]);
+        let uuid = Some(arrivals.uuid).filter(|uuid| *uuid != [0; 16]);
+        let mut newest = Newest { uuid, ..Newest::default() };
         let stop = arrivals.stop.clone();
         let mut incoming = Incoming::new(arrivals).kept_in_step().with_progress(placed);
         let arrived = listener.greeting(multifd > 0, &stop, || incoming.receive(&mut newest));
