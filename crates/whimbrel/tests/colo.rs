@@ -378,6 +378,8 @@ fn by_hand_both_wait_to_be_told() {
         primary.expect_healthy("by hand");
         secondary.migrator.end(); // Nobody takes it over.
         assert!(!secondary.vm.running(), "a copy that is nobody's stands still");
+        secondary.migrator.colo_lost_heartbeat().expect_err("it is over");
+        assert_eq!(secondary.migrator.run_state(), RunState::Inmigrate);
         drop((primary, secondary, relay, _events));
     }
     alone.expect_nothing_left("by hand");

@@ -156,10 +156,10 @@ impl Replication {
         counted.memory.record(checkpoint.memory);
     }
 
-    /// It is over; gives why.
-    fn ends(&self) -> ColoExitReason {
+    /// It is over, on request if it was asked for or `cancelled`; gives why.
+    fn ends(&self, cancelled: bool) -> ColoExitReason {
         let mut state = self.lock();
-        let reason = match state.asked {
+        let reason = match state.asked || cancelled {
             true => ColoExitReason::Request,
             false => ColoExitReason::Error,
         };

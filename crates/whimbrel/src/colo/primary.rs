@@ -18,7 +18,7 @@ use crate::source::multifd::Crew;
 use crate::source::setup::Stream;
 use crate::source::undo::{Logging, give_back};
 use crate::source::{Held, Job, handover, switchover};
-use crate::status::{ColoMode, Event, MigrationStatus, RunState};
+use crate::status::{ColoExitReason, ColoMode, Event, MigrationStatus, RunState};
 use crate::worker::Cancel;
 
 /// How often it is looked whether the time between checkpoints has been changed.
@@ -142,9 +142,9 @@ impl Primary<'_, '_> {
 
 /// The secondary is lost, or was let go: the guest goes on alone.
 pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
-    let reason = job.colo.ends();
+    let reason = job.colo.ends(job.cancel.is_set());
     job.guest.emit(&Event::ColoExit { mode: ColoMode::Primary, reason });
-    if !job.colo.is_asked() && !job.cancel.is_set() {
+    if reason == ColoExitReason::Error {
         job.report
             .set_error(format!("the secondary is lost, and the guest goes on alone: {error}"));
         if job.parameters().with(|all| all.x_colo_failover) == ColoFailover::Manual {

@@ -13,7 +13,7 @@ use crate::destination::incoming::{Host, Incoming};
 use crate::destination::live::{Job, Waiting};
 use crate::error::Error;
 use crate::guest::Guest;
-use crate::status::{ColoMode, Event, MigrationStatus, RunState};
+use crate::status::{ColoExitReason, ColoMode, Event, MigrationStatus, RunState};
 
 /// Why no further checkpoint comes.
 enum Ended {
@@ -60,7 +60,7 @@ pub(crate) fn run<'j>(
         }
         Ended::Broken(error) => {
             guest.set_state(RunState::InternalError);
-            job.colo.ends();
+            job.colo.ends(false);
             job.colo.is_left();
             Err(error)
         }
@@ -175,19 +175,21 @@ fn take_over(
     mut copy: Copy<'_>,
     error: Error,
 ) -> Result<(), Error> {
-    let reason = job.colo.ends();
-    job.guest.emit(&Event::ColoExit { mode: ColoMode::Secondary, reason });
-    if !job.colo.is_asked() {
-        if job.cancel.is_set() {
-            return Err(Error::Cancelled);
-        }
-        let may = may_take_over(job, &error);
-        if !may && !job.colo.wait_until_asked(&job.cancel) {
-            return Err(Error::Cancelled);
-        }
-    }
-    job.colo.is_left();
     let guest = &job.guest;
+    let reason = job.colo.ends(job.cancel.is_set());
+    guest.emit(&Event::ColoExit { mode: ColoMode::Secondary, reason });
+    let takes_over = match reason {
+        ColoExitReason::Error => {
+            may_take_over(job, &error) || job.colo.wait_until_asked(&job.cancel)
+        }
+        _ => job.colo.is_asked(),
+    };
+    job.colo.is_left();
+    if !takes_over {
+        copy.stop()?;
+        guest.set_state(RunState::Inmigrate);
+        return Err(Error::Cancelled);
+    }
     let right = guest.right_has_come();
     let state = match (waiting.is_to_run(), std::mem::replace(&mut copy.runs, false)) {
         (false, _) => Ok(RunState::Paused),

@@ -25,6 +25,7 @@ use crate::channel::{Arrivals, Channel, Listener};
 use crate::error::Error;
 use crate::hello::{Features, PING_PARKED};
 use crate::kept::Changes;
+use crate::kept::keeper::check_memory;
 use crate::worker::{Cancel, Woken};
 
 const PAGE: usize = TARGET_PAGE.bytes();
@@ -346,6 +347,7 @@ impl Incoming {
                         .into(),
                 ));
             }
+            check_memory(ram.total_bytes())?;
             replica.cache = Some(Arc::new(RamCache::new(&ram)?));
         }
         let cache = self.replica.as_ref().and_then(|replica| replica.cache.clone());

@@ -273,7 +273,7 @@ pub(crate) fn encode_own(sections: &[DeviceSection], tail: &mut Vec<u8>) {
 }
 
 /// Refuses what cannot be held: the guest's RAM is in memory until it is on the disk.
-fn check_memory(wanted: u64) -> Result<(), Error> {
+pub(crate) fn check_memory(wanted: u64) -> Result<(), Error> {
     let text =
         std::fs::read_to_string("/proc/meminfo").map_err(Error::system("reading /proc/meminfo"))?;
     let available = text
