@@ -26,7 +26,8 @@ pub(crate) struct Guest {
 struct Inner {
     state: RunState,
     right: Slot,
-    stop_asked: bool,
+    /// How the guest was told to be while a migration held it.
+    asked: Option<RunState>,
     /// Pages of RAM that are lost: whoever reads one is killed.
     lost_pages: u64,
     next_subscriber: u64,
@@ -94,7 +95,7 @@ impl Guest {
             inner: Mutex::new(Inner {
                 state,
                 right,
-                stop_asked: false,
+                asked: None,
                 lost_pages: 0,
                 next_subscriber: 0,
             }),
@@ -143,9 +144,9 @@ impl Guest {
         }
     }
 
-    /// Whether the guest was told to stop while it was being switched over; forgets it.
-    pub(crate) fn stop_was_asked(&self) -> bool {
-        std::mem::take(&mut self.lock().stop_asked)
+    /// How the guest was told to be while a migration held it (`stop`, and in COLO `cont`); forgets it.
+    pub(crate) fn take_asked(&self) -> Option<RunState> {
+        self.lock().asked.take()
     }
 
     /// Brings the right back, with the state the guest is in.
@@ -226,7 +227,7 @@ impl Guest {
             Taken::Elsewhere => return Ok(()), // It does not run here: nothing to stop.
             Taken::SwitchingOver => {
                 // It stands still already, and is to stay so if it comes back.
-                self.lock().stop_asked = true;
+                self.lock().asked = Some(RunState::Paused);
                 return Ok(());
             }
         };
@@ -245,7 +246,7 @@ impl Guest {
         let right = match self.take_right() {
             Taken::Right(right) => right,
             Taken::SwitchingOver if self.state() == RunState::Colo => {
-                self.lock().stop_asked = false;
+                self.lock().asked = Some(RunState::Running);
                 return Ok(()); // It goes on when the checkpoint has been taken.
             }
             Taken::SwitchingOver => {

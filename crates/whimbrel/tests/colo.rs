@@ -385,6 +385,25 @@ fn by_hand_both_wait_to_be_told() {
     alone.expect_nothing_left("by hand");
 }
 
+/// `stop` and `cont` hold also when they come while a checkpoint is being taken.
+#[test]
+fn what_the_guest_is_told_in_a_checkpoint_is_done_behind_it() {
+    let alone = Alone::begin();
+    {
+        let pair = Pair::begin(Set { delay: 1, ..Set::default() });
+        for turn in 0..200 {
+            let what = format!("turn {turn}");
+            pair.primary.migrator.stop().expect("stops, or will");
+            until(&what, || pair.primary.migrator.run_state() == RunState::Paused);
+            pair.primary.migrator.cont().expect("runs on, or will");
+            until(&what, || pair.primary.migrator.run_state() == RunState::Running);
+        }
+        pair.primary.expect_progress("told again and again");
+        drop(pair);
+    }
+    alone.expect_nothing_left("told again and again");
+}
+
 /// What is not the same on both sides is refused before anything is lost.
 #[test]
 fn capability_x_colo_is_on_at_both_sides_or_at_none() {

@@ -517,7 +517,11 @@ type OnUrgent = (&'static str, fn(&mut FarSource, &mut TcpStream), &'static [&'s
 
 const URGENT: &[OnUrgent] = &[
     ("garbage", |_, u| u.write_all(&[0xff; 64]).expect("open"), &["urgent channel, byte"]),
-    ("closed", |_, u| u.shutdown(Shutdown::Both).expect("open"), &["urgent channel", "closed it"]),
+    (
+        "closed",
+        |_, u| u.shutdown(Shutdown::Both).expect("open"),
+        &["urgent channel, byte 0", "the rest of the pages"],
+    ),
     (
         "half a page",
         |s, u| {

@@ -49,7 +49,7 @@ impl Ended {
     /// progress may come before it.
     pub(crate) fn expect_line(self, what: &str, texts: &[&str]) -> String {
         const PROGRESS: [&str; 7] = [
-            "waiting for a migration at ",
+            "waiting for a ",
             "received ",
             "setup",
             "active",

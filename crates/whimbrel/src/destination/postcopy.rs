@@ -402,10 +402,11 @@ fn load(
     shared: &Shared,
 ) -> Result<(), Error> {
     host.load_ahead(devices)?;
+    // Before the source can know it: from then on RUN may be on its way.
+    shared.loaded.set();
     for ping in pings {
         shared.outbox.push(&ReturnMessage::Pong(*ping))?;
     }
-    shared.loaded.set();
     let woken = shared
         .end
         .wait(shared.run.as_fd(), PollFlags::IN, None)

@@ -53,7 +53,8 @@ pub(crate) fn keep_destination(
             Ok(kept)
         }
         Err(error) => {
-            let runs_on = ran && !guest.stop_was_asked() && guest.resume(&right).is_ok();
+            let stays = guest.take_asked() == Some(RunState::Paused);
+            let runs_on = ran && !stays && guest.resume(&right).is_ok();
             guest.put_right(right, if ran && !runs_on { RunState::Paused } else { before });
             Err(error)
         }

@@ -80,9 +80,9 @@ pub(crate) fn give_back(guest: &Guest, held: &mut Held) -> Result<(), Error> {
     let Held::Stopped { right, before } = std::mem::replace(held, Held::Untouched) else {
         return Ok(());
     };
-    let before = match before {
-        RunState::Running if guest.stop_was_asked() => RunState::Paused,
-        before => before,
+    let before = match (before, guest.take_asked()) {
+        (RunState::Running | RunState::Paused | RunState::Prelaunch, Some(asked)) => asked,
+        (before, _) => before,
     };
     let resumed = match before {
         RunState::Running => guest.resume(&right),
