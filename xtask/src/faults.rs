@@ -13,6 +13,7 @@ const STEP_RUNS: u64 = 200;
 const STEP_SEED: u64 = 1;
 /// Most of a run is waiting.
 const STEP_JOBS: u64 = 3;
+
 /// How many runs, and drawn from what: the harness knows its options, and tells of them.
 #[derive(Debug, clap::Args)]
 #[command(disable_help_flag = true)]
