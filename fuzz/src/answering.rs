@@ -218,11 +218,13 @@ pub(crate) fn conversations() -> Vec<(&'static str, u8, Vec<Answered>)> {
         vec![Answered::Welcome { wrong: 0 }, Answered::Request { block: 0, page: 9, len: 0 }];
     let recovery = [gone(0x12), welcome, bitmaps.clone(), end.clone()].concat();
     let acknowledged = vec![Answered::Await { what: 0 }, Answered::ResumeAck { value: 1 }];
+    let by_itself = [gone(0x80), bitmaps.clone(), acknowledged.clone(), end.clone()].concat();
     let recovery_qemu =
         [gone(0x80), vec![Answered::Resume {}], bitmaps, acknowledged, end].concat();
     vec![
         ("recovery", set::POSTCOPY | set::PREEMPT, recovery),
-        ("recovery-qemu", set::POSTCOPY | set::RECOVERS, recovery_qemu),
+        ("recovery-qemu", set::POSTCOPY, recovery_qemu),
+        ("recovery-qemu-by-itself", set::POSTCOPY | set::RECOVERS, by_itself),
         ("precopy", set::RETURN_PATH, precopy.clone()),
         ("no-return-path", 0, vec![Answered::Await { what: 3 }]),
         ("xbzrle", set::RETURN_PATH | set::XBZRLE, precopy.clone()),

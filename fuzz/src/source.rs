@@ -74,6 +74,10 @@ struct Far {
     /// What makes the migration itself, if the source has said so.
     knowing: Option<Knowing>,
     words: Words,
+    /// All connections were broken once: this main channel is not the first.
+    is_back: bool,
+    /// This main channel has said something.
+    has_spoken: bool,
     /// The first words of a source that has come back.
     hello: Option<Hello>,
 }
@@ -115,7 +119,7 @@ impl Far {
             match &self.main {
                 None => self.main = Some(end),
                 // It tries once more.
-                Some(main) if main.ended && self.words != Words::Stream => {
+                Some(main) if main.ended && self.is_back => {
                     self.main = Some(end);
                     self.comes_back();
                 }
@@ -124,11 +128,20 @@ impl Far {
         }
         for other in &mut self.others {
             any |= other.receive();
-            // The first byte tells which of them is which.
-            other.came.truncate(ChannelKind::BYTES);
+            if self.has_spoken {
+                // The first byte tells which of them is which.
+                other.came.truncate(ChannelKind::BYTES);
+            }
         }
         if let Some(mut main) = self.main.take() {
             any |= main.receive();
+            if self.is_back && !self.has_spoken && main.ended && main.came.is_empty() {
+                // Of several attempts under way at a time it has taken another.
+                if let Some(at) = self.others.iter().position(|other| !other.ended) {
+                    main = self.others.remove(at);
+                }
+            }
+            self.has_spoken |= !main.came.is_empty();
             self.hear(&mut main);
             self.main = Some(main);
         }
@@ -216,6 +229,7 @@ impl Far {
             Err(_) => false,
         };
         (self.hello, self.in_package) = (None, false);
+        (self.is_back, self.has_spoken) = (true, false);
         (self.heard.pings, self.heard.resumed) = (0, false);
         self.words = match (&self.knowing, known) {
             (_, false) => Words::Anything,
@@ -324,6 +338,8 @@ fn run(data: &[u8]) -> MigrationInfo {
         heard,
         knowing: None,
         words: Words::Stream,
+        is_back: false,
+        has_spoken: false,
         hello: None,
     };
     migrator.migrate(Address::Unix(path.clone())).expect("nothing is in its way");
@@ -372,9 +388,10 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far, p
             Answered::Break {} => far.break_all(),
             Answered::Welcome { wrong } => far.welcome(wrong & 1 != 0),
             Answered::Resume {} => {
-                let paused = || migrator.info().status == Some(MigrationStatus::PostcopyPaused);
-                within(AWAITED, paused);
-                // Refused where it is not.
+                // It may be on its way back already, by itself.
+                let broken = || migrator.info().status.is_some_and(is_broken);
+                within(AWAITED, broken);
+                // Refused where it is not paused.
                 let _ = migrator.resume(Address::Unix(path.into()));
             }
             message => {
@@ -394,6 +411,15 @@ fn converse(ops: &[Answered], vm: &FuzzVm, migrator: &Migrator, far: &mut Far, p
             }
         }
     }
+}
+
+fn is_broken(status: MigrationStatus) -> bool {
+    matches!(
+        status,
+        MigrationStatus::PostcopyPaused
+            | MigrationStatus::PostcopyRecoverSetup
+            | MigrationStatus::PostcopyRecover
+    )
 }
 
 fn is_under_way(migrator: &Migrator) -> bool {
