@@ -223,6 +223,8 @@ impl Far {
         let known = match std::mem::replace(&mut self.decoder, fresh).reconnected() {
             Ok(decoder) => {
                 self.decoder = decoder;
+                // What the guest's RAM ended with may have come before the link broke.
+                self.heard.eof = false;
                 true
             }
             // The guest had not gone.
