@@ -98,7 +98,10 @@ fn run(data: &[u8]) -> MigrationInfo {
         speaker.close();
         within(SEES_THE_END, || {
             speaker.receive();
-            !is_under_way(&migrator)
+            // One that is ended in the moment between its pause and its RUN was ended before it.
+            let paused = migrator.info().status == Some(MigrationStatus::PostcopyPaused);
+            let may_run = paused && autostart && vm.done().resumed == 0;
+            !is_under_way(&migrator) && !may_run
         });
     }
     // It may have been left waiting for whoever comes next; now it must end.

@@ -18,10 +18,10 @@ pub(crate) const fn patience(ms: u64) -> Duration {
 }
 
 /// How long the engine may take before it is taken to read no more.
-const PATIENCE: Duration = Duration::from_millis(10);
+const PATIENCE: Duration = patience(10);
 
 /// How long what it has read last may take to have its effect.
-const MOMENT: Duration = Duration::from_micros(300);
+const MOMENT: Duration = Duration::from_micros(if cfg!(test) { 10_000 } else { 300 });
 
 /// One connection.
 #[derive(Debug)]
