@@ -3,6 +3,7 @@
 mod chart;
 mod child;
 mod html;
+mod in_step;
 mod outcome;
 mod pages;
 mod record;
@@ -60,6 +61,12 @@ pub(crate) struct Demo {
     /// How long the guest runs before it is moved, in ms
     #[arg(long, default_value_t = 500, value_name = "MS")]
     warm_up: u64,
+    /// With --mode colo: how long after a checkpoint the next one is taken, in ms
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..), value_name = "MS")]
+    checkpoint_delay: u64,
+    /// With --mode colo: how long the two are in step before the first is killed, in ms
+    #[arg(long, default_value_t = 3000, value_name = "MS")]
+    in_step: u64,
     /// Give up when it is not done after so many seconds
     #[arg(long, default_value_t = 120, value_name = "SECONDS")]
     timeout: u64,
@@ -80,6 +87,9 @@ enum Mode {
     Postcopy,
     /// The guest first; the pages that it waits for overtake all others
     Preempt,
+    /// The guest stays and answers a client; a second VM is kept in step, and takes over when the first
+    /// is killed
+    Colo,
 }
 
 /// How long the guest runs at the destination before it is asked how it is.
@@ -87,6 +97,9 @@ const AFTERWARDS: Duration = Duration::from_millis(500);
 
 impl Demo {
     pub(crate) fn run(self) -> Result<(), Failure> {
+        if self.mode == Mode::Colo {
+            return in_step::run(&self);
+        }
         let folder = tempfile::Builder::new().prefix("whimbrel-demo-").tempdir()?;
         let options = self.vm.to_arguments();
         let mut source = Child::start("source", folder.path(), &options, &[])?;
@@ -194,6 +207,7 @@ impl Demo {
         for side in [&mut *source, &mut *destination] {
             match self.mode {
                 Mode::Precopy => side.qmp.set_capability_named("return-path", true)?,
+                Mode::Colo => {} // Goes another way.
                 Mode::Postcopy | Mode::Preempt => {
                     allow_postcopy(&mut side.qmp, self.mode == Mode::Preempt)?;
                     side.qmp.set_capabilities_named(&[

@@ -7,11 +7,13 @@
 mod demo;
 mod drive;
 mod failure;
+mod fence;
 mod file_access;
 mod inspect;
 mod migrate;
 mod monitor;
 mod multifd_options;
+mod network;
 mod progress;
 mod receive;
 mod recover_options;

@@ -7,10 +7,12 @@ use std::time::Duration;
 use clap::Args;
 use whimbrel::{Address, Event, MigrationStatus, Migrator, RunState, Start, rescue};
 use whimbrel_control::{Endpoint, Server};
-use whimbrel_vm::{ReferenceVm, SerialOutput};
+use whimbrel_vm::{Config, ReferenceVm, SerialOutput};
 
 use crate::failure::Failure;
+use crate::fence;
 use crate::monitor;
+use crate::network::NetOptions;
 use crate::recover_options::RecoverOfSource;
 use crate::signals::OnSignal;
 use crate::tls_options::TlsOfVm;
@@ -28,6 +30,12 @@ pub(crate) struct RunVm {
     /// names one
     #[arg(long, value_name = "URI")]
     incoming: Option<String>,
+    #[command(flatten)]
+    net: NetOptions,
+    /// As a secondary of COLO that has lost its primary: take the guest over as soon as this command
+    /// has succeeded, which makes sure that the primary runs no more
+    #[arg(long, requires = "incoming", value_name = "COMMAND")]
+    fence: Option<String>,
     #[command(flatten)]
     tls: TlsOfVm,
     #[command(flatten)]
@@ -64,7 +72,8 @@ impl RunVm {
         if incoming && address.is_none() && self.qmp.is_none() {
             return Err(Failure::new("'--incoming defer' waits for a QMP command: add '--qmp'"));
         }
-        let vm = ReferenceVm::new(self.vm.config(incoming, self.serial.clone()))?;
+        let config = self.vm.config(incoming, self.serial.clone());
+        let vm = ReferenceVm::new(Config { network: self.net.config(), ..config })?;
         let start = match incoming {
             true => Start::Incoming { autostart: !self.paused },
             false => Start::Paused,
@@ -72,6 +81,10 @@ impl RunVm {
         let migrator = Arc::new(Migrator::new(vm.clone(), start));
         self.tls.secure(&migrator, incoming)?;
         migrator.update_parameters(|parameters| self.recover.apply(parameters))?;
+        if let Some(command) = self.fence.clone() {
+            migrator.set_fence(move || fence::run(&command));
+        }
+        let plugged = self.net.plug_in(&vm, &migrator)?;
         let (end, ended) = mpsc::channel();
         let _told = tell_of_migrations(&migrator, end.clone());
         let _signals = {
@@ -98,7 +111,7 @@ impl RunVm {
         };
         let waiting = vm.halt(HALT);
         migrator.end();
-        drop(server);
+        drop((server, plugged));
         if waiting > 0 {
             // In postcopy, for pages that are never to come: these vCPUs end with the process.
             std::mem::forget(vm);

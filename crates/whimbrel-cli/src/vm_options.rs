@@ -63,6 +63,7 @@ impl VmOptions {
             incoming,
             serial,
             uuid: None,
+            network: None,
         }
     }
 

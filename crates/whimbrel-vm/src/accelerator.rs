@@ -13,6 +13,7 @@ use crate::kvm::{self, KvmMachine};
 use crate::layout::Layout;
 use crate::machine::Machine;
 use crate::native::NativeMachine;
+use crate::net::Nic;
 use crate::pace::Gap;
 use crate::serial::SerialPort;
 
@@ -23,9 +24,11 @@ pub(crate) struct Made {
     pub(crate) dirty_name: &'static str,
 }
 
-/// Opens KVM, when it is asked for, or usable and not declined.
-pub(crate) fn open(choice: AccelChoice) -> Result<Option<Kvm>, Error> {
+/// Opens KVM, when it is asked for, or usable and not declined; a guest that is to have a network
+/// has none on KVM.
+pub(crate) fn open(choice: AccelChoice, network: bool) -> Result<Option<Kvm>, Error> {
     match choice {
+        AccelChoice::Auto if network => Ok(None),
         AccelChoice::Native => Ok(None),
         AccelChoice::Kvm => kvm::open().map(Some),
         AccelChoice::Auto => Ok(kvm::open().ok()),
@@ -40,13 +43,17 @@ pub(crate) fn make(
     layout: &Arc<Layout>,
     serial: &Arc<SerialPort>,
     gaps: &Arc<[Gap]>,
+    nic: Option<&Arc<Nic>>,
 ) -> Result<Made, Error> {
     if let Some(kvm) = kvm {
+        if nic.is_some() {
+            return Err(Error::NoDriver);
+        }
         let machine = KvmMachine::new(kvm, ram, layout, serial, gaps, config.dirty)?;
         let (dirty, dirty_name) = machine.dirty_log();
         return Ok(Made { machine: Arc::new(machine), dirty, dirty_name });
     }
     let (dirty, dirty_name, marks) = dirty::for_native(config.dirty, ram)?;
-    let machine = Arc::new(NativeMachine::new(ram, layout, marks, serial, gaps));
+    let machine = Arc::new(NativeMachine::new(ram, layout, marks, serial, gaps, nic.cloned()));
     Ok(Made { machine, dirty, dirty_name })
 }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use whimbrel_ram::PageSize;
 
+use crate::net::NetConfig;
 use crate::workload::Workload;
 
 /// What a reference VM is made of.
@@ -41,6 +42,9 @@ pub struct Config {
     pub serial: SerialOutput,
     /// The VM's UUID, for capability `validate-uuid`.
     pub uuid: Option<[u8; 16]>,
+    /// The network device, if there is to be one: native only. A VM that waits takes the guest's own
+    /// names from its RAM.
+    pub network: Option<NetConfig>,
 }
 
 impl Config {
@@ -60,6 +64,7 @@ impl Config {
             incoming: false,
             serial: SerialOutput::Buffer,
             uuid: None,
+            network: None,
         }
     }
 }

@@ -107,6 +107,17 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// A network was asked for on KVM.
+    #[error("the guest on KVM has no driver for a network: take '--accel native', or no '--net'")]
+    NoDriver,
+    /// The network device cannot be plugged in.
+    #[error("network {plug}: {source}")]
+    Network {
+        /// Where, as on the command line.
+        plug: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// The vCPU threads did not come up.
     #[error(transparent)]
     Start(VmError),

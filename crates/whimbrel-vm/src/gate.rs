@@ -18,6 +18,8 @@ struct State {
     wish: Wish,
     /// How many vCPU threads are held at the gate, or have ended.
     held: usize,
+    /// There is something for the thread that dozes.
+    roused: bool,
     /// The first reason why a vCPU cannot go on.
     failure: Option<String>,
 }
@@ -38,7 +40,7 @@ impl Gate {
     pub(crate) fn new(vcpus: usize) -> Gate {
         Gate {
             vcpus,
-            state: Mutex::new(State { wish: Wish::Stay, held: 0, failure: None }),
+            state: Mutex::new(State { wish: Wish::Stay, held: 0, roused: false, failure: None }),
             changed: Condvar::new(),
             recalled: AtomicBool::new(true),
             throttle: AtomicU8::new(0),
@@ -83,8 +85,27 @@ impl Gate {
 
     /// Called by a vCPU thread: waits until `until` (for ever without) or until it is recalled.
     pub(crate) fn sleep(&self, until: Option<Instant>) {
+        self.wait(until, false);
+    }
+
+    /// Called by the one thread that waits for more than time: as [`sleep`](Gate::sleep), or until it
+    /// is roused.
+    pub(crate) fn doze(&self, until: Option<Instant>) {
+        self.wait(until, true);
+    }
+
+    /// Wakes the thread that dozes, or dozes next.
+    pub(crate) fn rouse(&self) {
+        self.lock().roused = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, until: Option<Instant>, dozes: bool) {
         let mut state = self.lock();
         while state.wish == Wish::Run {
+            if dozes && std::mem::replace(&mut state.roused, false) {
+                return;
+            }
             let wait = match until {
                 None => Duration::from_secs(3600),
                 Some(until) => match until.checked_duration_since(Instant::now()) {

@@ -4,6 +4,7 @@
 //! ```text
 //! vm.ram        0x00000  header page: magic, console lock
 //!               0x01000  a page per vCPU: its orders, its counters, its stack
+//!               0x09000  the native guest's network, if it has one
 //!               0x10000  page tables of the KVM guest
 //!               ..       per vCPU: how often each of its pages has been updated
 //!               ..       page picks (zipf)
@@ -18,6 +19,7 @@ use std::ops::Range;
 use whimbrel_ram::{BlockIndex, TARGET_PAGE};
 
 use crate::error::{Error, Size};
+use crate::net::NET_BYTES;
 use crate::pattern::PAGE_BYTES;
 use crate::workload::{Workload, WorkloadKind};
 
@@ -42,6 +44,9 @@ pub(crate) const CONSTANTS: u64 = 0xf000;
 
 /// Offset of the lock that one vCPU holds while it prints (KVM guest).
 pub(crate) const CONSOLE_LOCK: u64 = 0x40;
+/// Where the native guest's network begins.
+pub(crate) const NET: u64 = 0x9000;
+const _: () = assert!(NET >= PAGE_BYTES * (1 + VCPUS_MAX as u64) && NET + NET_BYTES <= PAGE_TABLES);
 /// First word of the header page and of each vCPU's page: `whimbrel`.
 pub(crate) const MAGIC: u64 = u64::from_le_bytes(*b"whimbrel");
 
@@ -86,6 +91,8 @@ pub(crate) const PICKS: u64 = 1 << 16;
 pub enum WritableKind {
     /// Counters and stack of each vCPU.
     Vcpus,
+    /// What the guest knows of its connections.
+    Network,
     /// How often each page of the working set has been updated.
     Counts,
     /// The working set itself.
@@ -93,10 +100,11 @@ pub enum WritableKind {
 }
 
 impl WritableKind {
-    /// `vcpus`, `counts` or `working-set`.
+    /// `vcpus`, `network`, `counts` or `working-set`.
     pub fn name(self) -> &'static str {
         match self {
             WritableKind::Vcpus => "vcpus",
+            WritableKind::Network => "network",
             WritableKind::Counts => "counts",
             WritableKind::WorkingSet => "working-set",
         }
@@ -120,6 +128,8 @@ pub(crate) struct Layout {
     pub(crate) memory: u64,
     pub(crate) vcpus: u32,
     pub(crate) workload: Workload,
+    /// Whether the guest has a network.
+    pub(crate) network: bool,
     /// How many pages the working set has.
     pub(crate) pages: u64,
     tables: u64,
@@ -162,7 +172,23 @@ impl Layout {
                 room: Size(room),
             });
         }
-        Ok(Layout { memory, vcpus, workload, pages, tables, table_bytes, picks, working_set })
+        let network = false;
+        Ok(Layout {
+            memory,
+            vcpus,
+            workload,
+            network,
+            pages,
+            tables,
+            table_bytes,
+            picks,
+            working_set,
+        })
+    }
+
+    /// The same with a network, or without.
+    pub(crate) fn with_network(self, network: bool) -> Layout {
+        Layout { network, ..self }
     }
 
     /// The page of a vCPU.
@@ -211,6 +237,9 @@ impl Layout {
         };
         let own = self.cpu_page(0)..self.cpu_page(self.vcpus - 1) + PAGE_BYTES;
         let mut all = vec![range(WritableKind::Vcpus, own)];
+        if self.network {
+            all.push(range(WritableKind::Network, NET..NET + NET_BYTES));
+        }
         if self.workload.kind != WorkloadKind::Idle {
             all.push(range(WritableKind::Counts, self.tables..self.picks));
             all.push(range(WritableKind::WorkingSet, self.working_set..self.rest().start));

@@ -19,6 +19,7 @@ mod loading;
 mod machine;
 mod memory;
 mod native;
+pub mod net;
 mod pace;
 mod pattern;
 mod serial;

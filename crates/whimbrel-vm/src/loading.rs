@@ -9,6 +9,7 @@ use whimbrel::{DeviceState, LoadRule, Loaders, VmError};
 use crate::kvm;
 use crate::layout::Layout;
 use crate::machine::{LoadMachine, VCPU};
+use crate::net::{self, Nic};
 use crate::serial::{self, SerialPort};
 use crate::software::{self, Software};
 use crate::vm::ReferenceVm;
@@ -45,6 +46,7 @@ pub(crate) fn load(
     let machine = vm.machine.begin_load()?;
     let one = |device: DeviceState| match device.name.as_str() {
         software::DEVICE => Ok(()),
+        net::DEVICE => Nic::check(&device),
         serial::DEVICE => {
             let state = SerialPort::parse(&device)?;
             serial.get_or_init(|| state);
@@ -78,7 +80,9 @@ fn layout(vm: &ReferenceVm, devices: &[DeviceState]) -> Result<Layout, VmError> 
     let device = devices.iter().find(|device| device.name == software::DEVICE);
     let device = device.ok_or_else(|| refused(&MISSING))?;
     let software = software::parse(device, &vm.layout(), vm.accel());
-    software.map(|Software { layout }| layout).map_err(|error| refused(&error))
+    software
+        .map(|Software { layout }| layout.with_network(vm.nic().is_some()))
+        .map_err(|error| refused(&error))
 }
 
 /// Every device of the VM is there once, and no other.

@@ -14,6 +14,7 @@ use crate::gate::Gate;
 use crate::guarded::{self, Ended};
 use crate::layout::{CONSTANTS, FIRMWARE, Layout, PICKS, RAM, cpu_page};
 use crate::machine::{LoadMachine, Machine, VCPU, machine_check};
+use crate::net::{self, Driver, Nic};
 use crate::pace::{Gap, Pace};
 use crate::pattern::{Constants, Mismatch, MismatchKind, PAGE_BYTES, Page};
 use crate::serial::SerialPort;
@@ -62,6 +63,7 @@ pub(crate) struct NativeMachine {
     serial: Arc<SerialPort>,
     gaps: Arc<[Gap]>,
     cpus: Vec<Mutex<Cpu>>,
+    nic: Option<Arc<Nic>>,
 }
 
 impl NativeMachine {
@@ -71,6 +73,7 @@ impl NativeMachine {
         marks: Marks,
         serial: &Arc<SerialPort>,
         gaps: &Arc<[Gap]>,
+        nic: Option<Arc<Nic>>,
     ) -> NativeMachine {
         let cpu = |id| {
             let choice = first_choice(layout, id);
@@ -83,6 +86,7 @@ impl NativeMachine {
             serial: Arc::clone(serial),
             gaps: Arc::clone(gaps),
             cpus: (0..layout.vcpus).map(cpu).collect(),
+            nic,
         }
     }
 
@@ -225,10 +229,16 @@ impl Machine for NativeMachine {
     }
 
     fn install(&self, _: &Layout) -> Result<(), Error> {
+        if let Some(nic) = &self.nic {
+            net::install(self.ram.block(RAM), nic.config())?;
+        }
         Ok(())
     }
 
     fn run(&self, id: u32, gate: &Gate) -> Result<(), VmError> {
+        if let Some(nic) = self.nic.as_ref().filter(|_| id as usize == self.cpus.len()) {
+            return Driver { ram: &self.ram, marks: &self.marks, nic }.run(gate);
+        }
         let mut cpu = self.cpu(id);
         if id == 0 && !cpu.registers.started {
             self.serial.print("whimbrel guest: running");

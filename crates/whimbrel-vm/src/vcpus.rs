@@ -28,29 +28,38 @@ pub(crate) struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `count` vCPUs. When this returns, all of them wait at the gate.
-    pub(crate) fn start(count: u32, machine: Arc<dyn Machine>) -> Result<Vcpus, Error> {
+    /// Starts a thread for each of `count` vCPUs, and one more for the driver of the guest's network
+    /// if it has one. When this returns, all of them wait at the gate.
+    pub(crate) fn start(
+        count: u32,
+        network: bool,
+        machine: Arc<dyn Machine>,
+    ) -> Result<Vcpus, Error> {
         guarded::install();
         let vcpus = Vcpus {
-            gate: Arc::new(Gate::new(count as usize)),
+            gate: Arc::new(Gate::new(count as usize + usize::from(network))),
             machine,
             ids: (0..count).map(|_| AtomicU32::new(0)).collect(),
             threads: Mutex::default(),
         };
         for cpu in 0..count {
-            vcpus.start_one(cpu)?;
+            vcpus.start_one(cpu, format!("vcpu-{cpu}"))?;
+        }
+        if network {
+            vcpus.start_one(count, "guest-net".into())?;
         }
         vcpus.pause().map_err(Error::Start)?;
         Ok(vcpus)
     }
 
-    fn start_one(&self, cpu: u32) -> Result<(), Error> {
-        let name = format!("vcpu-{cpu}");
+    fn start_one(&self, cpu: u32, name: String) -> Result<(), Error> {
         let (gate, machine) = (Arc::clone(&self.gate), Arc::clone(&self.machine));
         let ids = Arc::clone(&self.ids);
         let work = move || {
             let id = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
-            ids[cpu as usize].store(id, Ordering::Release);
+            if let Some(own) = ids.get(cpu as usize) {
+                own.store(id, Ordering::Release);
+            }
             vcpu_thread(cpu, &gate, &*machine);
         };
         let thread = Builder::new().name(name.clone()).spawn(work);
@@ -63,7 +72,7 @@ impl Vcpus {
         self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn gate(&self) -> &Gate {
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
 

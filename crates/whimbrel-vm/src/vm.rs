@@ -15,6 +15,7 @@ use crate::config::{Accel, Config};
 use crate::error::Error;
 use crate::layout::{Layout, WritablePages};
 use crate::machine::Machine;
+use crate::net::{self, Nic};
 use crate::pace::{Gap, Progress};
 use crate::serial::{self, SerialPort};
 use crate::software;
@@ -50,6 +51,7 @@ pub struct ReferenceVm {
     dirty: Arc<dyn DirtyLog>,
     dirty_name: &'static str,
     gaps: Arc<[Gap]>,
+    nic: Option<Arc<Nic>>,
     /// Held for as long as a change of phase takes, so that one comes after the other. That may
     /// be long: a vCPU that waits for a page is waited for. Who only wants to know does not.
     changing: Mutex<()>,
@@ -63,17 +65,22 @@ pub struct ReferenceVm {
 impl ReferenceVm {
     /// Builds a VM: memory, guest and vCPU threads, which wait.
     pub fn new(config: Config) -> Result<Arc<ReferenceVm>, Error> {
-        let layout = Arc::new(Layout::new(config.memory, config.vcpus, config.workload)?);
-        let kvm = accelerator::open(config.accel)?;
+        let network = config.network.is_some();
+        let layout = Layout::new(config.memory, config.vcpus, config.workload)?;
+        let layout = Arc::new(layout.with_network(network));
+        let kvm = accelerator::open(config.accel, network)?;
         let ram = memory::map(&config)?;
         let serial = Arc::new(SerialPort::new(&config.serial)?);
         let gaps: Arc<[Gap]> = (0..config.vcpus).map(|_| Gap::default()).collect();
-        let made = accelerator::make(&config, kvm.as_ref(), &ram, &layout, &serial, &gaps)?;
+        let nic = config.network.map(|network| Arc::new(Nic::new(network)));
+        let made =
+            accelerator::make(&config, kvm.as_ref(), &ram, &layout, &serial, &gaps, nic.as_ref())?;
         if !config.incoming {
             build(&ram, &layout, &config.fill)?;
             made.machine.install(&layout)?;
         }
-        let vcpus = Vcpus::start(config.vcpus, Arc::clone(&made.machine))?;
+        let vcpus = Vcpus::start(config.vcpus, network, Arc::clone(&made.machine))?;
+        nic.iter().for_each(|nic| nic.wakes(vcpus.gate()));
         let vm = ReferenceVm {
             uuid: config.uuid,
             ram,
@@ -83,6 +90,7 @@ impl ReferenceVm {
             dirty: made.dirty,
             dirty_name: made.dirty_name,
             gaps,
+            nic,
             changing: Mutex::default(),
             phase: Mutex::new(if config.incoming { Phase::Incoming } else { Phase::Stopped }),
             runs: AtomicU64::new(0),
@@ -113,6 +121,11 @@ impl ReferenceVm {
     /// What the guest has written to its serial port lately.
     pub fn serial_output(&self) -> String {
         self.serial.text()
+    }
+
+    /// Its network device, if it has one.
+    pub fn nic(&self) -> Option<&Arc<Nic>> {
+        self.nic.as_ref()
     }
 
     /// Whether the guest runs.
@@ -217,6 +230,9 @@ impl ReferenceVm {
         let mut devices = vec![(software::DEVICE, 0)];
         devices.extend(self.machine.devices());
         devices.push((serial::DEVICE, 0));
+        if self.nic.is_some() {
+            devices.push((net::DEVICE, 0));
+        }
         devices
     }
 }
@@ -285,6 +301,7 @@ impl Vm for ReferenceVm {
         let mut devices = vec![software::save(&self.layout(), self.accel())];
         devices.extend(self.machine.save()?);
         devices.push(self.serial.save());
+        devices.extend(self.nic.iter().map(|nic| nic.save()));
         Ok(devices)
     }
 

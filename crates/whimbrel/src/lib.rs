@@ -57,14 +57,15 @@ pub use channel::tls::{
 };
 #[doc(hidden)]
 pub use channel::unix_socket;
+pub use colo::output::{Outlet, Output, OutputStats};
 pub use error::Error;
 pub use loaders::{LoadRule, Loaders};
 pub use migrator::{Migrator, Start, Subscription};
 pub use objects::Object;
 pub use packing::UnpackError;
 pub use settings::{
-    AutoRecover, Capabilities, Capability, ColoFailover, MultifdCompression, Parameters,
-    SettingError, ZeroPageDetection,
+    AutoRecover, Capabilities, Capability, ColoFailover, ColoOutput, MultifdCompression,
+    Parameters, SettingError, ZeroPageDetection,
 };
 pub use status::{
     AnswerStats, ColoExitReason, ColoMode, ColoStats, ColoStatus, Event, FaultStats, Latency,

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::address::Address;
 use crate::channel::{Listener, Route};
+use crate::colo::output::{MaybeOutput, Outlet, Output};
 use crate::colo::{Fence, Replication};
 use crate::destination::live;
 use crate::error::Error;
@@ -48,6 +49,7 @@ struct Inner {
     capabilities: Capabilities,
     exit_on_error: bool,
     fence: Option<Fence>,
+    output: MaybeOutput,
     run: Option<Run>,
 }
 
@@ -89,13 +91,14 @@ impl Run {
         cancel: Cancel,
         capabilities: Capabilities,
         way_on: Way,
-        fence: Option<Fence>,
+        (fence, output): (Option<Fence>, MaybeOutput),
     ) -> Result<Run, Error> {
         let (side, part) = match &way_on {
             Way::Resume(_) => (Side::Source, ColoMode::Primary),
             Way::Recover(..) => (Side::Destination, ColoMode::Secondary),
         };
-        let (report, colo) = (Arc::new(Report::new(side)), Arc::new(Replication::new(part, fence)));
+        let (report, colo) =
+            (Arc::new(Report::new(side)), Arc::new(Replication::new(part, fence, output)));
         report.set_colo(colo.clone());
         Ok(Run {
             side,
@@ -262,7 +265,8 @@ impl Migrator {
         }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, resume) = (new_cancel()?, new_way_on()?);
-        let mut run = Run::new(cancel, inner.capabilities, Way::Resume(resume.clone()), None)?;
+        let (way_on, output) = (Way::Resume(resume.clone()), inner.output.clone());
+        let mut run = Run::new(cancel, inner.capabilities, way_on, (None, output))?;
         let job = source::Job {
             guest: self.guest.clone(),
             route,
@@ -295,8 +299,8 @@ impl Migrator {
         let orders = Arc::new(Orders::new().map_err(Error::system("making an eventfd"))?);
         let recover = new_way_on()?;
         let way_on = Way::Recover(recover.clone(), orders.clone());
-        let fence = inner.fence.clone();
-        let mut run = Run::new(cancel, inner.capabilities, way_on, fence)?;
+        let colo = (inner.fence.clone(), inner.output.clone());
+        let mut run = Run::new(cancel, inner.capabilities, way_on, colo)?;
         let listener = announced(listener, &run.report, &run.links);
         let job = live::Job {
             guest: self.guest.clone(),
@@ -547,6 +551,15 @@ impl Migrator {
     /// must return, and it counts for what comes in from then on.
     pub fn set_fence(&self, fence: impl Fn() -> Result<(), VmError> + Send + Sync + 'static) {
         self.lock().fence = Some(Arc::new(fence));
+    }
+
+    /// From now on what the guest says to the world leaves by `outlet`: what the VMM gives to the
+    /// [`Output`] that this returns. A VM that is kept in step with another holds it until it may
+    /// ([`ColoOutput`](crate::ColoOutput)); what a copy says does not leave at all. Before COLO begins.
+    pub fn set_outlet(&self, outlet: impl Outlet + 'static) -> Output {
+        let output = Output::new(outlet);
+        self.lock().output = MaybeOutput(Some(output.clone()));
+        output
     }
 
     fn colo(&self) -> Option<Arc<Replication>> {

@@ -217,6 +217,18 @@ pub enum ColoFailover {
     Manual,
 }
 
+/// When what a primary's guest says to the world may leave (`x-colo-output`), where its VMM has it
+/// leave through [`Output`](crate::Output).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ColoOutput {
+    /// At once: after a takeover the world may know of what the guest does not.
+    None,
+    /// When the next checkpoint is complete: a packet waits for up to `x-checkpoint-delay`.
+    #[default]
+    Buffer,
+}
+
 /// The parameters as they are at the moment: most can be changed while a migration runs.
 #[derive(Debug, Default)]
 pub(crate) struct Current(Mutex<Parameters>);
@@ -307,6 +319,8 @@ pub struct Parameters {
     pub x_checkpoint_delay: u64,
     /// What a survivor of COLO does by itself.
     pub x_colo_failover: ColoFailover,
+    /// When what a primary's guest says may leave. Takes effect when COLO begins.
+    pub x_colo_output: ColoOutput,
 }
 
 impl Default for Parameters {
@@ -336,6 +350,7 @@ impl Default for Parameters {
             silence_limit: 30_000,
             x_checkpoint_delay: 20_000,
             x_colo_failover: ColoFailover::Auto,
+            x_colo_output: ColoOutput::Buffer,
         }
     }
 }

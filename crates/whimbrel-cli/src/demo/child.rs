@@ -71,6 +71,18 @@ impl Child {
         Ok(events)
     }
 
+    /// The process.
+    pub(super) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Kills it (SIGKILL).
+    pub(super) fn kill(mut self) -> Result<(), Failure> {
+        self.process.kill()?;
+        self.process.wait()?;
+        Ok(())
+    }
+
     /// Ends the VM in order.
     pub(super) fn quit(mut self) -> Result<(), Failure> {
         self.qmp.execute("quit", serde_json::json!({}))?;

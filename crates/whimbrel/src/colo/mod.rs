@@ -12,12 +12,14 @@
 //! code that ends a precopy.
 
 pub(crate) mod flush;
+pub(crate) mod output;
 pub(crate) mod primary;
 pub(crate) mod secondary;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use self::output::MaybeOutput;
 use crate::error::Error;
 use crate::latency::Latencies;
 use crate::settings::ColoFailover;
@@ -34,6 +36,7 @@ pub(crate) struct Replication {
     /// Something was said that a side waits for; there is none before it begins.
     said: OnceLock<Bell>,
     fence: Option<Fence>,
+    output: MaybeOutput,
     state: Mutex<State>,
 }
 
@@ -74,8 +77,13 @@ impl std::fmt::Debug for Replication {
 }
 
 impl Replication {
-    pub(crate) fn new(side: ColoMode, fence: Option<Fence>) -> Replication {
-        Replication { side, said: OnceLock::new(), fence, state: Mutex::default() }
+    pub(crate) fn new(side: ColoMode, fence: Option<Fence>, output: MaybeOutput) -> Replication {
+        Replication { side, said: OnceLock::new(), fence, output, state: Mutex::default() }
+    }
+
+    /// What the guest says to the world.
+    fn output(&self) -> &MaybeOutput {
+        &self.output
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -47,6 +47,8 @@ impl Primary<'_, '_> {
         self.begin()?;
         self.job.colo.begins(ends)?;
         self.job.report.guest_has_gone();
+        let policy = self.job.parameters().with(|parameters| parameters.x_colo_output);
+        self.job.colo.output().becomes_primarys(policy);
         give_back(&self.job.guest, self.held)?;
         self.job.set_status(MigrationStatus::Colo);
         loop {
@@ -91,6 +93,7 @@ impl Primary<'_, '_> {
         let pages = || get(&counters.normal) + get(&counters.duplicate);
         let (before, stopped) = (pages(), Instant::now());
         self.stop()?;
+        let boundary = self.job.colo.output().boundary();
         ColoMessage::VmstateSend.encode(self.stream.out.words());
         let sending = Instant::now();
         switchover::send_rest(self.job, self.map, self.log, self.crew, self.stream)?;
@@ -111,6 +114,7 @@ impl Primary<'_, '_> {
         let stop = stopped.elapsed();
         let pages = pages() - before;
         self.expect(ColoMessage::VmstateReceived)?;
+        self.job.colo.output().is_complete(boundary);
         self.expect(ColoMessage::VmstateLoaded)?;
         self.job.colo.is_complete(Checkpoint { stop, memory, pages });
         Ok(())
@@ -155,4 +159,6 @@ pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
         job.report.set_error(error.to_string());
     }
     job.colo.is_left();
+    // Nobody but this guest has said what is held.
+    job.colo.output().opens();
 }

@@ -34,6 +34,7 @@ pub(crate) fn run<'j>(
     let log = Watching::start(guest.vm().dirty_log())?;
     let mut copy = Copy { guest, runs: false };
     guest.set_state(RunState::Colo);
+    job.colo.output().becomes_copys(0);
     let begun = copy
         .go_on(waiting.is_to_run())
         .and_then(|()| job.colo.begins(&ends))
@@ -41,11 +42,13 @@ pub(crate) fn run<'j>(
     if let Err(error) = begun {
         job.colo.is_left();
         copy.stop()?;
+        job.colo.output().opens();
         guest.set_state(RunState::Inmigrate);
         return Err(error);
     }
     job.set_status(MigrationStatus::Colo);
-    let mut secondary = Secondary { job, incoming: &mut incoming, waiting, copy, cache, log };
+    let mut secondary =
+        Secondary { job, incoming: &mut incoming, waiting, copy, cache, log, epoch: 0 };
     let ended = loop {
         if let Err(ended) = secondary.checkpoint() {
             break ended;
@@ -60,6 +63,7 @@ pub(crate) fn run<'j>(
         }
         Ended::Broken(error) => {
             guest.set_state(RunState::InternalError);
+            // Its guest stands still, or cannot be stopped: nothing of it is let out.
             job.colo.ends(false);
             job.colo.is_left();
             Err(error)
@@ -136,6 +140,8 @@ struct Secondary<'s, 'j> {
     copy: Copy<'j>,
     cache: Arc<RamCache>,
     log: Watching<'j>,
+    /// How many checkpoints the copy has been brought to.
+    epoch: u64,
 }
 
 impl Secondary<'_, '_> {
@@ -151,6 +157,8 @@ impl Secondary<'_, '_> {
         let pages = self.flush().map_err(Ended::Broken)?;
         let memory = flushing.elapsed();
         self.waiting.load(devices).map_err(Ended::Broken)?;
+        self.epoch += 1;
+        self.job.colo.output().becomes_copys(self.epoch);
         self.copy.go_on(self.waiting.is_to_run()).map_err(Ended::Broken)?;
         let stop = begun.elapsed();
         self.job.colo.is_complete(Checkpoint { stop, memory, pages });
@@ -187,9 +195,11 @@ fn take_over(
     job.colo.is_left();
     if !takes_over {
         copy.stop()?;
+        job.colo.output().opens();
         guest.set_state(RunState::Inmigrate);
         return Err(Error::Cancelled);
     }
+    job.colo.output().opens();
     let right = guest.right_has_come();
     let state = match (waiting.is_to_run(), std::mem::replace(&mut copy.runs, false)) {
         (false, _) => Ok(RunState::Paused),
