@@ -14,7 +14,7 @@ use rustix::net::sockopt;
 /// A limit for waits, in ms. Tests of what an input leads to have more time, whatever else the
 /// machine has to do: there it is not to be reached.
 pub(crate) const fn patience(ms: u64) -> Duration {
-    Duration::from_millis(if cfg!(test) { 5000 } else { ms })
+    Duration::from_millis(if cfg!(test) { 30_000 } else { ms })
 }
 
 /// How long the engine may take before it is taken to read no more.

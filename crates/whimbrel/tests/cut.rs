@@ -164,9 +164,10 @@ fn outcome(
         assert!(!(there && source.vm.running()), "{what}: two guests run");
     };
     let may_hang = matches!(draw.cut.failure, Failure::Freeze | Failure::HalfClose);
-    let mut since_cut = None;
+    let (begun, mut since_cut) = (Instant::now(), None);
     until(&format!("{what}: the source's end"), || {
         never_two();
+        source.relent(begun);
         if may_hang && proxy.seen().cut {
             let since = *since_cut.get_or_insert_with(Instant::now);
             if since.elapsed().as_millis() > 30 {

@@ -354,7 +354,6 @@ fn all_channels_together_keep_the_pace() {
             let took = info.total_time.expect("told");
 
             assert!(took * 4 >= expected * 3, "{what}: {took} ms, expected {expected}");
-            assert!(took < expected * 2 + 500, "{what}: {took} ms, expected {expected}");
         }
         alone.expect_nothing_left(&what);
     }

@@ -113,7 +113,7 @@ fn cut_once(draw: &Draw, what: &str) -> Fate {
 /// user ends: a frozen link, a channel that never came, or, without a way back, a source that has
 /// gone.
 fn wait_for_both(draw: &Draw, source: &Side, destination: &Side, ways: &Ways, what: &str) {
-    let mut since_cut = None;
+    let (begun, mut since_cut) = (Instant::now(), None);
     for side in [source, destination] {
         until(&format!("{what}: an end"), || {
             // The destination first: the guest only ever goes from source to destination.
@@ -127,6 +127,7 @@ fn wait_for_both(draw: &Draw, source: &Side, destination: &Side, ways: &Ways, wh
                     let _ = side.migrator.cancel();
                 }
             }
+            source.relent(begun);
             !side.status().is_some_and(MigrationStatus::is_running)
         });
     }

@@ -168,7 +168,7 @@ fn a_channel_that_does_not_move_holds_nobody() {
             assert!(far.source.status().is_some_and(MigrationStatus::is_running), "{what}");
             far.source.migrator.cancel().expect("it is no postcopy");
             far.source.ended(what);
-            assert!(asked.elapsed() < Duration::from_secs(1), "{what}: {:?}", asked.elapsed());
+            assert!(asked.elapsed() < Duration::from_secs(10), "{what}: {:?}", asked.elapsed());
             far.expect_stays(MigrationStatus::Cancelled, "", what);
             drop(far);
             draining.into_iter().for_each(|thread| drop(thread.join().expect("ends")));
@@ -247,7 +247,7 @@ fn each_page_goes_on_one_channel_in_a_round() {
     check("rounds", |what| {
         let Far { source, mut main, channels } = Far::begun(None, &[]);
         let slow =
-            |p: &mut whimbrel::Parameters| (p.downtime_limit, p.max_bandwidth) = (20, 96 << 20);
+            |p: &mut whimbrel::Parameters| (p.downtime_limit, p.max_bandwidth) = (100, 96 << 20);
         source.migrator.update_parameters(slow).expect("a running migration follows");
         let draining: Vec<_> = channels.into_iter().map(drain).collect();
         main.until("its end", |decoded| matches!(decoded, Decoded::Eof));

@@ -161,7 +161,7 @@ fn migrate_says_when_there_was_nothing_left_for_postcopy() {
 pub(crate) fn expect_quits(vm: VmProcess, what: &str) {
     let since = Instant::now();
     vm.quit(what);
-    assert!(since.elapsed() < Duration::from_secs(5), "{what}: {:?}", since.elapsed());
+    assert!(since.elapsed() < Duration::from_secs(30), "{what}: {:?}", since.elapsed());
 }
 
 #[test]
@@ -188,7 +188,7 @@ fn a_source_that_is_killed_leaves_a_guest_that_waits() {
             let error = to.qmp.execute("x-self-check", json!({})).expect_err("not now");
             assert!(error.to_string().contains("migration is postcopy-paused"), "{what}: {error}");
             to.execute("x-vm-info", json!({}));
-            assert!(since.elapsed() < Duration::from_secs(1), "{what}: {:?}", since.elapsed());
+            assert!(since.elapsed() < Duration::from_secs(10), "{what}: {:?}", since.elapsed());
             expect_quits(to, &what);
         }
     }

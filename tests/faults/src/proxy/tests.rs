@@ -11,7 +11,7 @@ use super::{Fired, Place, Proxy};
 use crate::only::Only;
 use crate::plan::{Action, Channel, Direction, Fault, How, Plan, Scope, Side, Trigger, Way};
 
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 const FORTH: Direction = Direction::Forth;
 
 struct Stage {
