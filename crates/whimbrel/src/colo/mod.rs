@@ -12,6 +12,7 @@
 //! code that ends a precopy.
 
 pub(crate) mod flush;
+pub(crate) mod output;
 pub(crate) mod primary;
 pub(crate) mod secondary;
 

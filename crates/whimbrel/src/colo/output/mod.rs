@@ -1,0 +1,7 @@
+//! What a guest and its copy send to the world.
+
+#![cfg_attr(not(test), expect(dead_code, reason = "the part that moves packets is being written"))]
+
+pub(crate) mod flow;
+#[cfg(test)]
+mod packets;
