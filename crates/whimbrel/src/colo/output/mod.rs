@@ -5,3 +5,4 @@
 pub(crate) mod flow;
 #[cfg(test)]
 mod packets;
+mod stream;
