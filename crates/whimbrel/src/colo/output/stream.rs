@@ -84,6 +84,7 @@ impl Stream {
                     self.put(at, Words { side, since: now, kind, bytes });
                     (len, len)
                 }
+                // Forgotten, and so not compared again: that who repeats it says the same is TCP.
                 Some((start, Part::Both { len })) => {
                     let len = at_most(start + len - at, words.len());
                     (len, len)
