@@ -37,21 +37,27 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     proptest::collection::vec(step, 1..40)
 }
 
-/// What a side sends of `len` bytes and a FIN; in the end it has acknowledged `received`.
-fn sent(steps: &[Step], len: usize, received: usize) -> Vec<Sent> {
-    let (mut said, mut acknowledges, mut all) = (0, 0, Vec::new());
+/// What a side sends of `len` bytes and a FIN after it has said and acknowledged so much; in the end
+/// it has acknowledged `received`.
+fn sent(
+    steps: &[Step],
+    len: usize,
+    received: usize,
+    (mut said, mut acknowledges): (usize, usize),
+) -> VecDeque<Sent> {
+    let mut all = VecDeque::new();
     for &(step, again, more) in steps.iter().cycle().take(500) {
         acknowledges = received.min(acknowledges + more);
         let from = again.map_or(said, |at| at.index(said + 1));
         let to = (from + step).min(len);
-        all.push(Sent { from, to, acknowledges, again: to <= said && from < to });
+        all.push_back(Sent { from, to, acknowledges, again: to <= said && from < to });
         said = said.max(to);
         if said == len {
             break;
         }
     }
-    all.push(Sent { from: said, to: len, acknowledges, again: false });
-    all.push(Sent { from: len, to: len + 1, acknowledges: received, again: false });
+    all.push_back(Sent { from: said, to: len, acknowledges, again: false });
+    all.push_back(Sent { from: len, to: len + 1, acknowledges: received, again: false });
     all
 }
 
@@ -74,6 +80,8 @@ struct World {
     held: Vec<(Sent, Vec<u8>)>,
     /// How far what has left goes.
     left: usize,
+    /// What the guest has said and acknowledged.
+    guest: (usize, usize),
 }
 
 impl World {
@@ -84,11 +92,13 @@ impl World {
             acknowledged: None,
             held: Vec::new(),
             left: 0,
+            guest: (0, 0),
         }
     }
 
     fn guest(&mut self, stream: &[u8], sent: Sent) -> Result<(), TestCaseError> {
         let packet = packet(stream, &sent);
+        self.guest = (self.guest.0.max(sent.to), sent.acknowledges);
         self.held.push((sent, packet.clone()));
         self.comparer.primary(NOW, packet);
         self.look()
@@ -126,8 +136,8 @@ fn play(
     turns: &[bool],
 ) -> Result<World, TestCaseError> {
     let mut world = World::new(stream.len());
-    let mut guest = VecDeque::from(sent(guest, stream.len(), received));
-    let mut copy = VecDeque::from(sent(copy, stream.len(), received));
+    let mut guest = sent(guest, stream.len(), received, (0, 0));
+    let mut copy = sent(copy, stream.len(), received, (0, 0));
     for &turn in turns.iter().cycle() {
         if turn {
             guest.pop_front().map_or(Ok(()), |sent| world.guest(stream, sent))?;
@@ -190,6 +200,56 @@ proptest! {
         };
         let held: Vec<_> = world.held.iter().map(|(_, packet)| packet.clone()).collect();
         prop_assert_eq!(left_at_last, held);
+        prop_assert_eq!(world.comparer.differs(NOW), None);
+    }
+
+    #[test]
+    fn a_checkpoint_sets_the_copy_where_the_guest_is(
+        stream in proptest::collection::vec(any::<u8>(), 1..1000),
+        received in 0..500_usize,
+        (guest, copy, copy_anew) in (steps(), steps(), steps()),
+        turns in turns(),
+        flipped in proptest::option::of(any::<prop::sample::Index>()),
+        (before, meanwhile) in (0..60_usize, 0..40_usize),
+    ) {
+        let mut copied = stream.clone();
+        if let Some(flipped) = flipped {
+            *flipped.get_mut(&mut copied[..]) ^= 1;
+        }
+        let len = stream.len();
+        let mut world = World::new(len);
+        let mut guest = sent(&guest, len, received, (0, 0));
+        let mut copy = sent(&copy, len, received, (0, 0));
+        for &turn in turns.iter().cycle().take(before) {
+            if turn {
+                guest.pop_front().map_or(Ok(()), |sent| world.guest(&stream, sent))?;
+            } else {
+                copy.pop_front().map_or(Ok(()), |sent| world.copy(&copied, sent))?;
+            }
+        }
+        let boundary = world.comparer.boundary();
+        let (said, acknowledged) = world.guest;
+        for sent in guest.drain(..meanwhile.min(guest.len())) {
+            world.guest(&stream, sent)?;
+        }
+        // From here on the copy has said what the guest had at the boundary, and nothing else.
+        world.said.fill(false);
+        world.said[..said].fill(true);
+        world.acknowledged = Some(acknowledged);
+        world.comparer.complete(NOW, boundary);
+        world.look()?;
+        let mut copy = sent(&copy_anew, len, received, (said.min(len), acknowledged));
+        for &turn in turns.iter().cycle() {
+            if turn {
+                guest.pop_front().map_or(Ok(()), |sent| world.guest(&stream, sent))?;
+            } else {
+                copy.pop_front().map_or(Ok(()), |sent| world.copy(&stream, sent))?;
+            }
+            if guest.is_empty() && copy.is_empty() {
+                break;
+            }
+        }
+        prop_assert!(world.held.is_empty(), "{:?} are held", world.held);
         prop_assert_eq!(world.comparer.differs(NOW), None);
     }
 
