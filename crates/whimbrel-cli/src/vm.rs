@@ -32,9 +32,9 @@ pub(crate) struct RunVm {
     incoming: Option<String>,
     #[command(flatten)]
     net: NetOptions,
-    /// As a secondary of COLO that has lost its primary: take the guest over as soon as this command
-    /// has succeeded, which makes sure that the primary runs no more
-    #[arg(long, requires = "incoming", value_name = "COMMAND")]
+    /// When the other side of COLO is lost, go on as soon as this command has succeeded, which makes
+    /// sure that the other side runs no more, and never will
+    #[arg(long, value_name = "COMMAND")]
     fence: Option<String>,
     #[command(flatten)]
     tls: TlsOfVm,

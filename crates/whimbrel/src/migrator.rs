@@ -265,8 +265,9 @@ impl Migrator {
         }
         let route = self.route(address, inner.capabilities)?;
         let (cancel, resume) = (new_cancel()?, new_way_on()?);
-        let (way_on, output) = (Way::Resume(resume.clone()), inner.output.clone());
-        let mut run = Run::new(cancel, inner.capabilities, way_on, (None, output))?;
+        let way_on = Way::Resume(resume.clone());
+        let colo = (inner.fence.clone(), inner.output.clone());
+        let mut run = Run::new(cancel, inner.capabilities, way_on, colo)?;
         let job = source::Job {
             guest: self.guest.clone(),
             route,
@@ -546,9 +547,11 @@ impl Migrator {
         self.colo().ok_or_else(crate::colo::not_in_colo)?.want_checkpoint()
     }
 
-    /// What makes certain that the primary runs no more, when a secondary has lost it: called from
-    /// the migration's thread, and the guest is taken over only if it returns without an error. It
-    /// must return, and it counts for what comes in from then on.
+    /// What makes certain that the other side of COLO runs no more when it is lost: called from the
+    /// migration's thread. A secondary takes the guest over only if it returns without an error, and a
+    /// primary that has one goes on alone only then. Where both sides have one, at most one of the two
+    /// may succeed: each switches the other off, or both ask for one lease. It must return, and it
+    /// counts for what is begun from then on.
     pub fn set_fence(&self, fence: impl Fn() -> Result<(), VmError> + Send + Sync + 'static) {
         self.lock().fence = Some(Arc::new(fence));
     }

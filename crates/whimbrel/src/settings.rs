@@ -208,9 +208,9 @@ pub enum AutoRecover {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ColoFailover {
-    /// A primary goes on alone. A secondary takes over as soon as the primary is certain to run no
-    /// more, which a fence says ([`Migrator::set_fence`](crate::Migrator::set_fence)); without one
-    /// it waits for `x-colo-lost-heartbeat`.
+    /// Whoever has a fence ([`Migrator::set_fence`](crate::Migrator::set_fence)) goes on as soon as
+    /// that says that the other side is certain to run no more. Without one a primary goes on alone
+    /// at once, and a secondary waits for `x-colo-lost-heartbeat`.
     #[default]
     Auto,
     /// Both wait for `x-colo-lost-heartbeat`, as QEMU does.
@@ -227,6 +227,10 @@ pub enum ColoOutput {
     /// When the next checkpoint is complete: a packet waits for up to `x-checkpoint-delay`.
     #[default]
     Buffer,
+    /// As soon as the copy at the secondary has said the same, which the VMMs bring here
+    /// ([`Outlet::copy_said`](crate::Outlet::copy_said)); where the two differ, or one waits longer than
+    /// `x-colo-compare-timeout`, a checkpoint is taken.
+    Compare,
 }
 
 /// The parameters as they are at the moment: most can be changed while a migration runs.
@@ -321,6 +325,9 @@ pub struct Parameters {
     pub x_colo_failover: ColoFailover,
     /// When what a primary's guest says may leave. Takes effect when COLO begins.
     pub x_colo_output: ColoOutput,
+    /// How long the guest or its copy may wait for the other to say the same, in ms. 1 at least. Takes
+    /// effect when COLO begins.
+    pub x_colo_compare_timeout: u64,
 }
 
 impl Default for Parameters {
@@ -351,6 +358,7 @@ impl Default for Parameters {
             x_checkpoint_delay: 20_000,
             x_colo_failover: ColoFailover::Auto,
             x_colo_output: ColoOutput::Buffer,
+            x_colo_compare_timeout: 3000,
         }
     }
 }
@@ -401,6 +409,13 @@ impl Parameters {
         if self.x_checkpoint_delay == 0 {
             return Err(SettingError::Range {
                 name: "x-checkpoint-delay",
+                expected: "1 ms or more",
+                found: 0,
+            });
+        }
+        if self.x_colo_compare_timeout == 0 {
+            return Err(SettingError::Range {
+                name: "x-colo-compare-timeout",
                 expected: "1 ms or more",
                 found: 0,
             });

@@ -30,9 +30,25 @@ fn demo_in(mode: &str, options: &[&str]) -> Value {
     assert_eq!(lines.next(), None, "one object: {out}");
     assert_eq!(object["status"], "completed", "{options:?}: {object}");
     assert_eq!(object["verified"], true, "{options:?}: {object}");
-    assert!(object["guest-updates"].is_u64(), "{object}");
     assert_eq!(object["mode"], mode, "{object}");
     object
+}
+
+#[test]
+fn a_client_goes_on_when_the_primary_was_killed() {
+    for channels in ["0", "2"] {
+        let options = ["--memory=32M", "--in-step=1000", "--channels", channels];
+        let object = demo_in("colo", &options);
+        for figure in ["answers-before", "answers-after"] {
+            assert!(object[figure].as_u64() > Some(0), "{figure}: {object}");
+        }
+        assert!(object["x-colo"]["checkpoints"].as_u64() > Some(3), "{object}");
+        let stop = &object["x-colo"]["stop-us"];
+        assert!(stop["p50"].as_f64() > Some(0.0) && stop["p50"].as_f64() <= stop["p99"].as_f64());
+        assert_eq!(object["self-check"]["passed"], true, "{object}");
+    }
+    whimbrel(&["demo", "--mode=colo", "--accel=kvm"])
+        .expect_line("colo on KVM", &["no driver for a network", "--accel native"]);
 }
 
 /// A guest whose pages take 0.3 s at the least.

@@ -137,7 +137,7 @@ fn xbzrle_sends_deltas_and_ram_is_the_same() {
     let (mut from, mut to) = (VmProcess::source(&busy), VmProcess::destination(&busy));
     from.switch_on(&["return-path", "xbzrle"]);
     to.switch_on(&["xbzrle"]);
-    let slow = json!({ "max-bandwidth": 16 << 20, "downtime-limit": 10 });
+    let slow = json!({ "max-bandwidth": 4 << 20, "downtime-limit": 10 });
     from.qmp.set_parameters(slow).expect("allowed");
     move_and_verify(&mut from, &mut to, "tcp:127.0.0.1:0", "xbzrle");
     let cache = from.qmp.query_migrate().expect("a report").raw["xbzrle-cache"].clone();

@@ -196,6 +196,10 @@ impl Replication {
         }
     }
 
+    fn has_fence(&self) -> bool {
+        self.fence.is_some()
+    }
+
     /// Makes sure that the other side runs no more, without being told: `None` when that is not for
     /// this side to say.
     fn fence(&self, failover: ColoFailover) -> Option<Result<(), VmError>> {

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use whimbrel_ram::PageMap;
@@ -9,8 +10,9 @@ use whimbrel_wire::vmdesc::describe;
 use whimbrel_wire::{ColoMessage, encode_eof};
 
 use super::Checkpoint;
+use super::output::Due;
 use crate::error::Error;
-use crate::guest::Taken;
+use crate::guest::{Guest, Taken};
 use crate::recovery;
 use crate::report::get;
 use crate::settings::ColoFailover;
@@ -47,14 +49,28 @@ impl Primary<'_, '_> {
         self.begin()?;
         self.job.colo.begins(ends)?;
         self.job.report.guest_has_gone();
-        let policy = self.job.parameters().with(|parameters| parameters.x_colo_output);
-        self.job.colo.output().becomes_primarys(policy);
+        self.holds_output();
         give_back(&self.job.guest, self.held)?;
         self.job.set_status(MigrationStatus::Colo);
         loop {
             self.wait(ends)?;
             self.checkpoint()?;
         }
+    }
+
+    /// From here on what the guest says leaves when it may.
+    fn holds_output(&self) {
+        let (policy, timeout) = self.job.parameters().with(|parameters| {
+            (parameters.x_colo_output, Duration::from_millis(parameters.x_colo_compare_timeout))
+        });
+        let colo = Arc::downgrade(&self.job.colo);
+        let wake = move || {
+            if let Some(colo) = colo.upgrade() {
+                // Over meanwhile: nothing is held any more.
+                let _ = colo.want_checkpoint();
+            }
+        };
+        self.job.colo.output().becomes_primarys(policy, timeout, Arc::new(wake));
     }
 
     /// The first checkpoint is the end of a precopy.
@@ -75,6 +91,10 @@ impl Primary<'_, '_> {
             let delay = self.job.parameters().with(|parameters| parameters.x_checkpoint_delay);
             let delay = Duration::from_millis(delay);
             let Some(left) = delay.checked_sub(begun.elapsed()) else { return Ok(()) };
+            let left = match self.job.colo.output().is_due() {
+                Due::Now => return Ok(()),
+                Due::Within(limit) => limit.map_or(left, |limit| limit.min(left)),
+            };
             let channel = self.stream.out.channel();
             let fds = [channel.as_fd(), self.job.colo.said().as_fd()];
             ends.wait_any(&fds, left.min(LOOK)).map_err(Error::system("waiting"))?;
@@ -92,7 +112,7 @@ impl Primary<'_, '_> {
         let counters = &self.job.report.counters;
         let pages = || get(&counters.normal) + get(&counters.duplicate);
         let (before, stopped) = (pages(), Instant::now());
-        self.stop()?;
+        stand_still(&self.job.guest, self.held)?;
         let boundary = self.job.colo.output().boundary();
         ColoMessage::VmstateSend.encode(self.stream.out.words());
         let sending = Instant::now();
@@ -120,18 +140,6 @@ impl Primary<'_, '_> {
         Ok(())
     }
 
-    fn stop(&mut self) -> Result<(), Error> {
-        let guest = &self.job.guest;
-        let Taken::Right(right) = guest.take_right() else {
-            return Err(Error::Refused("the guest is not here any more".into()));
-        };
-        let before = guest.state();
-        guest.set_state(RunState::Colo);
-        let stopped = if before == RunState::Running { guest.pause(&right) } else { Ok(()) };
-        *self.held = Held::Stopped { right, before };
-        stopped
-    }
-
     fn say(&mut self, message: ColoMessage) -> Result<(), Error> {
         message.encode(self.stream.out.words());
         self.stream.flush()
@@ -144,6 +152,34 @@ impl Primary<'_, '_> {
     }
 }
 
+fn stand_still(guest: &Guest, held: &mut Held) -> Result<(), Error> {
+    let Taken::Right(right) = guest.take_right() else {
+        return Err(Error::Refused("the guest is not here any more".into()));
+    };
+    let before = guest.state();
+    guest.set_state(RunState::Colo);
+    let stopped = if before == RunState::Running { guest.pause(&right) } else { Ok(()) };
+    *held = Held::Stopped { right, before };
+    stopped
+}
+
+/// Whether the secondary is certain not to take over, without anybody having said so.
+fn may_go_on(job: &Job, error: &Error) -> bool {
+    let failover = job.parameters().with(|all| all.x_colo_failover);
+    match (failover, job.colo.fence(failover)) {
+        (ColoFailover::Manual, _) => false,
+        // Then nobody else's fence lets a secondary take over.
+        (ColoFailover::Auto, None | Some(Ok(()))) => true,
+        (ColoFailover::Auto, Some(Err(why))) => {
+            job.report.set_error(format!(
+                "the secondary is lost: {error}; the fence does not say that it does not take over: \
+                 {why}; 'x-colo-lost-heartbeat' has the guest go on, if that is certain"
+            ));
+            false
+        }
+    }
+}
+
 /// The secondary is lost, or was let go: the guest goes on alone.
 pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
     let reason = job.colo.ends(job.cancel.is_set());
@@ -151,7 +187,15 @@ pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
     if reason == ColoExitReason::Error {
         job.report
             .set_error(format!("the secondary is lost, and the guest goes on alone: {error}"));
-        if job.parameters().with(|all| all.x_colo_failover) == ColoFailover::Manual {
+        // A guest of which it is not certain that it is the only one does nothing until it is.
+        let still = match job.colo.has_fence() && !matches!(held, Held::Stopped { .. }) {
+            true => stand_still(&job.guest, held),
+            false => Ok(()),
+        };
+        if let Err(error) = still {
+            job.report.set_error(error.to_string());
+        }
+        if !may_go_on(job, error) {
             job.colo.wait_until_asked(&job.cancel);
         }
     }

@@ -2,15 +2,29 @@
 //!
 //! A takeover goes back to the last checkpoint. Nobody notices, as long as nothing has left the host
 //! that the secondary does not know of: so what the primary's guest says is held until a checkpoint
-//! with it is complete ([`buffer`]), or until the copy at the secondary has said the same.
+//! with it is complete ([`buffer`]), or until the copy at the secondary has said the same
+//! ([`compare`]).
 
 mod buffer;
+mod compare;
+mod connections;
+mod conversation;
+mod flow;
+#[cfg(test)]
+mod packets;
+mod series;
+mod stream;
+
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use self::buffer::Buffer;
+use self::compare::Comparer;
 use crate::settings::ColoOutput;
 
 /// Where a VMM sends its guest's packets.
@@ -36,8 +50,19 @@ pub struct Output(Arc<Shared>);
 
 struct Shared {
     outlet: Box<dyn Outlet>,
+    begun: Instant,
     state: Mutex<State>,
 }
+
+/// Asks for a checkpoint.
+pub(crate) type Wake = Arc<dyn Fn() + Send + Sync>;
+
+/// Most bytes that wait to be compared: what the guest says then is dropped, as a full queue of any
+/// network does, and its sender sends it again.
+const COMPARED_MAX: usize = 128 << 20;
+
+/// Most packets of a copy that has been brought further than is known here.
+const EARLY_MAX: usize = 4096;
 
 #[derive(Debug, Default)]
 struct State {
@@ -47,6 +72,8 @@ struct State {
     /// A thread is about it.
     leaving: bool,
     released: u64,
+    dropped: u64,
+    differences: u64,
 }
 
 /// What becomes of a packet.
@@ -59,6 +86,25 @@ enum Part {
     Copy { epoch: u64 },
     /// The guest is a primary's: it leaves when a checkpoint with it is complete.
     Buffer(Buffer),
+    /// The guest is a primary's: it leaves when the copy has said the same.
+    Compare(Box<Compare>),
+}
+
+struct Compare {
+    comparer: Comparer,
+    /// How many checkpoints are complete.
+    epoch: u64,
+    /// What a copy has said that has been brought one further.
+    early: VecDeque<Vec<u8>>,
+    /// A difference has been told of since the last checkpoint.
+    differs: bool,
+    wake: Wake,
+}
+
+impl fmt::Debug for Compare {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Compare").field("epoch", &self.epoch).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -68,12 +114,21 @@ enum Ready {
 }
 
 /// How far a guest's packets had come when it stood still for a checkpoint.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Boundary(u64);
+#[derive(Debug)]
+pub(crate) enum Boundary {
+    Open,
+    Buffer(u64),
+    Compare(compare::Boundary),
+}
 
 impl Output {
     pub(crate) fn new(outlet: impl Outlet + 'static) -> Output {
-        Output(Arc::new(Shared { outlet: Box::new(outlet), state: Mutex::default() }))
+        let (outlet, begun) = (Box::new(outlet), Instant::now());
+        Output(Arc::new(Shared { outlet, begun, state: Mutex::default() }))
+    }
+
+    fn now(&self) -> Duration {
+        self.0.begun.elapsed()
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -83,26 +138,58 @@ impl Output {
 
     /// The guest has sent this packet: an Ethernet frame, as it is to leave.
     pub fn send(&self, packet: Vec<u8>) {
-        {
+        let now = self.now();
+        let wake = {
             let mut state = self.lock();
-            let State { part, ready, .. } = &mut *state;
+            let State { part, ready, dropped, .. } = &mut *state;
             match part {
                 Part::Open => ready.push_back(Ready::World(packet)),
                 Part::Copy { epoch } => ready.push_back(Ready::Primary { epoch: *epoch, packet }),
-                Part::Buffer(buffer) => buffer.hold(packet),
+                Part::Buffer(buffer) => *dropped += u64::from(!buffer.hold(packet)),
+                Part::Compare(compare) => match compare.comparer.held_bytes() < COMPARED_MAX {
+                    true => compare.comparer.primary(now, packet),
+                    false => *dropped += 1,
+                },
             }
-        }
+            state.compared(now)
+        };
+        wake.into_iter().for_each(|wake| wake());
         self.let_go();
     }
 
-    /// How many packets have left so far, and how many bytes are held.
+    /// At a primary, the copy at the secondary has sent this packet, after so many checkpoints: what
+    /// [`Outlet::copy_said`] was given there. Ignored where nothing is compared.
+    pub fn copy_said(&self, epoch: u64, packet: &[u8]) {
+        let now = self.now();
+        let wake = {
+            let mut state = self.lock();
+            if let Part::Compare(compare) = &mut state.part {
+                match epoch.checked_sub(compare.epoch) {
+                    Some(0) => compare.comparer.copy(now, packet),
+                    // The copy has heard of the checkpoint's end before this side has.
+                    Some(1) if compare.early.len() < EARLY_MAX => {
+                        compare.early.push_back(packet.to_vec());
+                    }
+                    // Void: the copy has been brought elsewhere since.
+                    _ => {}
+                }
+            }
+            state.compared(now)
+        };
+        wake.into_iter().for_each(|wake| wake());
+        self.let_go();
+    }
+
+    /// What has become of the guest's packets so far.
     pub fn stats(&self) -> OutputStats {
         let state = self.lock();
-        let (held_bytes, dropped) = match &state.part {
-            Part::Buffer(buffer) => (buffer.bytes(), buffer.dropped()),
-            Part::Open | Part::Copy { .. } => (0, 0),
+        let held_bytes = match &state.part {
+            Part::Buffer(buffer) => buffer.bytes(),
+            Part::Compare(compare) => compare.comparer.held_bytes(),
+            Part::Open | Part::Copy { .. } => 0,
         };
-        OutputStats { released: state.released, held_bytes, dropped }
+        let State { released, dropped, differences, .. } = *state;
+        OutputStats { released, held_bytes, dropped, differences }
     }
 
     /// Whether the guest is a copy of a primary's: what comes from the world is for the primary.
@@ -111,11 +198,31 @@ impl Output {
     }
 
     /// The guest is a primary's from here on. It stands still.
-    fn becomes_primarys(&self, policy: ColoOutput) {
+    fn becomes_primarys(&self, policy: ColoOutput, timeout: Duration, wake: Wake) {
         self.lock().part = match policy {
             ColoOutput::None => Part::Open,
             ColoOutput::Buffer => Part::Buffer(Buffer::default()),
+            ColoOutput::Compare => Part::Compare(Box::new(Compare {
+                comparer: Comparer::new(timeout),
+                epoch: 0,
+                early: VecDeque::new(),
+                differs: false,
+                wake,
+            })),
         };
+    }
+
+    /// Whether a checkpoint is to be taken, and if not, how long it may be until one is.
+    fn is_due(&self) -> Due {
+        let now = self.now();
+        let mut state = self.lock();
+        // It is being asked whoever would be woken.
+        let _wake = state.compared(now);
+        match &state.part {
+            Part::Compare(compare) if compare.differs => Due::Now,
+            Part::Compare(compare) => Due::Within(compare.comparer.wait(now)),
+            Part::Open | Part::Copy { .. } | Part::Buffer(_) => Due::Within(None),
+        }
     }
 
     /// The guest is a copy from here on, which has loaded so many checkpoints. It stands still.
@@ -125,24 +232,35 @@ impl Output {
 
     /// The guest stands still for a checkpoint.
     fn boundary(&self) -> Boundary {
-        match &self.lock().part {
-            Part::Buffer(buffer) => Boundary(buffer.count()),
-            Part::Open | Part::Copy { .. } => Boundary(0),
+        match &mut self.lock().part {
+            Part::Buffer(buffer) => Boundary::Buffer(buffer.count()),
+            Part::Compare(compare) => Boundary::Compare(compare.comparer.boundary()),
+            Part::Open | Part::Copy { .. } => Boundary::Open,
         }
     }
 
     /// The checkpoint for which it stood still then is at the secondary.
     fn is_complete(&self, boundary: Boundary) {
-        {
+        let now = self.now();
+        let wake = {
             let mut state = self.lock();
             let State { part, ready, .. } = &mut *state;
-            match part {
-                Part::Buffer(buffer) => {
-                    ready.extend(buffer.release(boundary.0).map(Ready::World));
+            match (part, boundary) {
+                (Part::Buffer(buffer), Boundary::Buffer(count)) => {
+                    ready.extend(buffer.release(count).map(Ready::World));
                 }
-                Part::Open | Part::Copy { .. } => {}
+                (Part::Compare(compare), Boundary::Compare(boundary)) => {
+                    compare.comparer.complete(now, boundary);
+                    (compare.epoch, compare.differs) = (compare.epoch + 1, false);
+                    for packet in std::mem::take(&mut compare.early) {
+                        compare.comparer.copy(now, &packet);
+                    }
+                }
+                _ => {}
             }
-        }
+            state.compared(now)
+        };
+        wake.into_iter().for_each(|wake| wake());
         self.let_go();
     }
 
@@ -151,9 +269,15 @@ impl Output {
         {
             let mut state = self.lock();
             let State { part, ready, .. } = &mut *state;
-            if let Part::Buffer(mut buffer) = std::mem::take(part) {
-                let all = buffer.count();
-                ready.extend(buffer.release(all).map(Ready::World));
+            match std::mem::take(part) {
+                Part::Buffer(mut buffer) => {
+                    let all = buffer.count();
+                    ready.extend(buffer.release(all).map(Ready::World));
+                }
+                Part::Compare(mut compare) => {
+                    ready.extend(compare.comparer.let_all_go().into_iter().map(Ready::World));
+                }
+                Part::Open | Part::Copy { .. } => {}
             }
         }
         self.let_go();
@@ -185,6 +309,29 @@ impl Output {
     }
 }
 
+impl State {
+    /// What has been compared may leave. Gives what asks for a checkpoint, if one is needed and has
+    /// not been asked for.
+    fn compared(&mut self, now: Duration) -> Option<Wake> {
+        let Part::Compare(compare) = &mut self.part else { return None };
+        self.ready.extend(compare.comparer.released().into_iter().map(Ready::World));
+        if compare.differs || compare.comparer.differs(now).is_none() {
+            return None;
+        }
+        compare.differs = true;
+        self.differences += 1;
+        Some(compare.wake.clone())
+    }
+}
+
+/// When the next checkpoint is to be taken, whatever the time since the last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    Now,
+    /// Not before that, unless it is asked for.
+    Within(Option<Duration>),
+}
+
 impl fmt::Debug for Output {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Output").field(&self.stats()).finish()
@@ -198,9 +345,11 @@ pub struct OutputStats {
     pub released: u64,
     /// Bytes of packets that are held.
     pub held_bytes: usize,
-    /// Packets that were dropped because too many were held: since COLO began, with policy
-    /// [`ColoOutput::Buffer`].
+    /// Packets that were dropped because too many were held.
     pub dropped: u64,
+    /// How often a checkpoint was needed because the guest and its copy did not say the same, or not
+    /// in time: with policy [`ColoOutput::Compare`].
+    pub differences: u64,
 }
 
 /// The way out of a VM, if its VMM has told of one.
@@ -208,20 +357,26 @@ pub struct OutputStats {
 pub(crate) struct MaybeOutput(pub(crate) Option<Output>);
 
 impl MaybeOutput {
-    pub(crate) fn becomes_primarys(&self, policy: ColoOutput) {
-        self.0.iter().for_each(|output| output.becomes_primarys(policy));
+    pub(crate) fn becomes_primarys(&self, policy: ColoOutput, timeout: Duration, wake: Wake) {
+        self.0.iter().for_each(|output| output.becomes_primarys(policy, timeout, wake.clone()));
     }
 
     pub(crate) fn becomes_copys(&self, epoch: u64) {
         self.0.iter().for_each(|output| output.becomes_copys(epoch));
     }
 
+    pub(crate) fn is_due(&self) -> Due {
+        self.0.as_ref().map_or(Due::Within(None), Output::is_due)
+    }
+
     pub(crate) fn boundary(&self) -> Boundary {
-        self.0.as_ref().map_or(Boundary(0), Output::boundary)
+        self.0.as_ref().map_or(Boundary::Open, Output::boundary)
     }
 
     pub(crate) fn is_complete(&self, boundary: Boundary) {
-        self.0.iter().for_each(|output| output.is_complete(boundary));
+        if let Some(output) = &self.0 {
+            output.is_complete(boundary);
+        }
     }
 
     pub(crate) fn opens(&self) {
