@@ -16,6 +16,7 @@ mod multifd_options;
 mod network;
 mod progress;
 mod receive;
+mod receiving;
 mod recover_options;
 mod recovery;
 mod rescue;

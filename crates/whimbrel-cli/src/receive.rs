@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use clap::Args;
 use serde_json::json;
+use whimbrel::Address;
 use whimbrel::kept::{Receiver, Touch};
-use whimbrel::{Address, SocketAddressInfo};
 
 use crate::failure::Failure;
 use crate::file_access::FileAccess;
 use crate::progress::{Line, mib};
+use crate::receiving::announced;
 use crate::recover_options::RecoverOptions;
-use crate::signals::OnSignal;
 use crate::tls_options::TlsOfDestination;
 
 /// Take in a migration and keep it.
@@ -69,19 +69,7 @@ impl Receive {
             .with_multifd(self.multifd)
             .touching(self.touch)
             .writing_by(self.file.access());
-        let receiver = self.tls.secure(receiver)?.telling_refusals(|reason| {
-            eprintln!("whimbrel: a connection was refused, still waiting: {reason}");
-        });
-        let stop = receiver.stopper();
-        let _signals = OnSignal::call(move || stop.stop())?;
-        match receiver.socket_address() {
-            Some(SocketAddressInfo::Inet { host, port }) => {
-                eprintln!("waiting for a migration at tcp:{host}:{port}");
-            }
-            Some(_) => eprintln!("waiting for a migration at {}", self.uri),
-            None => {}
-        }
-        self.tls.warn(receiver.socket_address().as_ref());
+        let (receiver, _signals) = announced(receiver, &self.tls, &self.uri, "a migration")?;
         let placed = receiver.progress();
         let started = Instant::now();
         let line = Line::start(move || {

@@ -5,13 +5,13 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::json;
+use whimbrel::Address;
 use whimbrel::kept::{KeptVm, Receiver, StandbyProgress};
-use whimbrel::{Address, SocketAddressInfo};
 
 use crate::failure::Failure;
 use crate::file_access::FileAccess;
 use crate::progress::mib;
-use crate::signals::OnSignal;
+use crate::receiving::announced;
 use crate::tls_options::TlsOfDestination;
 
 /// How often the newest checkpoint is told of.
@@ -51,18 +51,7 @@ impl Standby {
             .waiting_no_longer_than(self.silence_limit)
             .with_multifd(self.multifd)
             .writing_by(self.file.access());
-        let receiver = self.tls.secure(receiver)?.telling_refusals(|reason| {
-            eprintln!("whimbrel: a connection was refused, still waiting: {reason}");
-        });
-        let stop = receiver.stopper();
-        let _signals = OnSignal::call(move || stop.stop())?;
-        match receiver.socket_address() {
-            Some(SocketAddressInfo::Inet { host, port }) => {
-                eprintln!("waiting for a primary at tcp:{host}:{port}");
-            }
-            Some(_) | None => eprintln!("waiting for a primary at {}", self.uri),
-        }
-        self.tls.warn(receiver.socket_address().as_ref());
+        let (receiver, _signals) = announced(receiver, &self.tls, &self.uri, "a primary")?;
         let mut told: Option<Instant> = None;
         let mut tell = |progress: StandbyProgress| {
             if told.is_none_or(|last| last.elapsed() >= TELL) {

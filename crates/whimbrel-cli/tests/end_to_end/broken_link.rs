@@ -68,7 +68,7 @@ impl Drop for Cable {
     }
 }
 
-fn ip(arguments: &str) -> Result<(), String> {
+pub(crate) fn ip(arguments: &str) -> Result<(), String> {
     let mut command = Command::new("ip");
     command.args(arguments.split_whitespace());
     match command.output() {

@@ -5,6 +5,7 @@ mod broken_link;
 mod by_hand;
 mod cancel;
 mod colo;
+mod colo_network;
 mod demo;
 mod kept;
 mod kept_in_parallel;
