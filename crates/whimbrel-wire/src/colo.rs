@@ -25,7 +25,13 @@ pub enum ColoMessage {
     VmstateReceived,
     /// The secondary has loaded it and runs.
     VmstateLoaded,
+    /// Whimbrel's own: dirty pages follow ahead of the next checkpoint, a section up to EOF (primary to
+    /// secondary, between two checkpoints).
+    PagesAhead,
 }
+
+/// No word of QEMU's.
+const PAGES_AHEAD: u32 = 0x5748_4150;
 
 impl ColoMessage {
     const fn number(self) -> u32 {
@@ -37,6 +43,7 @@ impl ColoMessage {
             Self::VmstateSize(_) => 4,
             Self::VmstateReceived => 5,
             Self::VmstateLoaded => 6,
+            Self::PagesAhead => PAGES_AHEAD,
         }
     }
 
@@ -59,6 +66,7 @@ impl ColoMessage {
             4 => Self::VmstateSize(cursor.be64()?),
             5 => Self::VmstateReceived,
             6 => Self::VmstateLoaded,
+            PAGES_AHEAD => Self::PagesAhead,
             other => {
                 let expected = "a COLO message of 0 to 6";
                 return bad(at, ErrorKind::Unexpected { expected, found: other.into() });
@@ -76,7 +84,7 @@ pub(crate) enum ColoStep {
 }
 
 impl ColoStep {
-    /// The step after a word; the primary sends three of them in turn.
+    /// The step after a word; the primary sends three of them in turn, and pages before the first.
     pub(crate) fn take(self, message: ColoMessage) -> Result<Self, ErrorKind> {
         let (next, expected) = match self {
             Self::Request => (Self::Send, "CHECKPOINT_REQUEST (1)"),
@@ -84,6 +92,7 @@ impl ColoStep {
             Self::Size => (Self::Request, "VMSTATE_SIZE (4)"),
         };
         match (self, message) {
+            (Self::Request, ColoMessage::PagesAhead) => Ok(self),
             (Self::Request, ColoMessage::CheckpointRequest)
             | (Self::Send, ColoMessage::VmstateSend)
             | (Self::Size, ColoMessage::VmstateSize(_)) => Ok(next),
@@ -91,5 +100,27 @@ impl ColoStep {
                 Err(ErrorKind::Unexpected { expected, found: other.number().into() })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_go_ahead_of_a_checkpoint_and_not_into_it() {
+        let request = ColoStep::Request;
+        assert_eq!(request.take(ColoMessage::PagesAhead), Ok(request));
+        let send = request.take(ColoMessage::CheckpointRequest).unwrap();
+        assert!(send.take(ColoMessage::PagesAhead).is_err());
+        let size = send.take(ColoMessage::VmstateSend).unwrap();
+        assert!(size.take(ColoMessage::PagesAhead).is_err());
+        assert_eq!(size.take(ColoMessage::VmstateSize(7)), Ok(request));
+        let mut bytes = Vec::new();
+        ColoMessage::PagesAhead.encode(&mut bytes);
+        assert_eq!(
+            ColoMessage::parse(&mut Cursor::new(&bytes)).ok(),
+            Some(ColoMessage::PagesAhead)
+        );
     }
 }

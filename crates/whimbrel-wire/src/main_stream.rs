@@ -83,7 +83,7 @@ pub struct MainDecoder {
     learn: bool,
     /// Numbers of the sections seen.
     bound: BTreeSet<SectionId>,
-    /// Inside a COLO checkpoint.
+    /// Inside a COLO checkpoint, or pages ahead of one.
     checkpoint: bool,
     colo_step: ColoStep,
     records: RecordParser,
@@ -507,7 +507,7 @@ impl MainDecoder {
             self.payload = len;
             return Ok(Decoded::CheckpointFollows { len });
         }
-        if message == ColoMessage::VmstateSend {
+        if matches!(message, ColoMessage::VmstateSend | ColoMessage::PagesAhead) {
             self.state = State::Top;
             self.checkpoint = true;
         }

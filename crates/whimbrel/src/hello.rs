@@ -38,13 +38,17 @@ impl Features {
     /// itself, and says something on the main channel as often as it promised.
     pub(crate) const RECOVERS: Features = Features(16);
 
+    /// In COLO, dirty pages come ahead of a checkpoint while the guest runs.
+    pub(crate) const PAGES_AHEAD: Features = Features(32);
+
     /// What this version can do.
     pub(crate) const ALL: Features = Features(
         Features::SMALL_PIECES.0
             | Features::RUN_APART.0
             | Features::MULTIFD_GOES_ON.0
             | Features::ANY_METHOD.0
-            | Features::RECOVERS.0,
+            | Features::RECOVERS.0
+            | Features::PAGES_AHEAD.0,
     );
 
     /// What a destination can do whose RAM can, or cannot, be placed in small pieces.

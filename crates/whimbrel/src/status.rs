@@ -280,6 +280,8 @@ pub struct ColoStats {
     pub checkpoints: u64,
     /// At a primary, pages sent in them; at a secondary, pages copied to its guest.
     pub pages: u64,
+    /// At a primary, pages sent ahead of them while its guest ran, to another whimbrel.
+    pub ahead: u64,
     /// How long the guest stood still for each.
     pub stop_us: Latency,
     /// The part of it in which memory was sent, at a primary, or copied to the guest.

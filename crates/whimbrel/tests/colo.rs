@@ -20,6 +20,12 @@ use whimbrel_vm::{AccelChoice, Config, Fill};
 
 const MEMORY: u64 = 8 << 20;
 
+/// A guest that dirties so much that pages go ahead of its checkpoints.
+fn busy() -> Config {
+    let workload = "uniform,rate=40000,working-set=32M,seed=7".parse().expect("a workload");
+    Config { workload, ..Config { accel: AccelChoice::Native, ..Config::new(8 * MEMORY) } }
+}
+
 fn config(accel: AccelChoice) -> Config {
     let workload = "uniform,rate=8000,working-set=4M,seed=7".parse().expect("a workload");
     Config { accel, workload, fill: Fill::Random, ..Config::new(MEMORY) }
@@ -37,6 +43,14 @@ struct Set {
     failover: ColoFailover,
     /// Between two checkpoints, in ms.
     delay: u64,
+    /// The guest is the [`busy`] one.
+    busy: bool,
+}
+
+impl Set {
+    fn config(&self) -> Config {
+        if self.busy { busy() } else { config(self.accel) }
+    }
 }
 
 impl Default for Set {
@@ -48,6 +62,7 @@ impl Default for Set {
             runs: true,
             failover: ColoFailover::Auto,
             delay: 20,
+            busy: false,
         }
     }
 }
@@ -61,7 +76,7 @@ struct Pair {
 
 impl Pair {
     fn begin(set: Set) -> Pair {
-        let config = config(set.accel);
+        let config = set.config();
         let (primary, secondary) = (Side::running(&config), Side::waiting(&config, set.runs));
         for side in [&primary, &secondary] {
             side.switch_on(&[Capability::ReturnPath, Capability::XColo]);
@@ -209,35 +224,86 @@ fn whoever_is_lost_at_whatever_byte_the_other_one_has_the_guest() {
     };
     for (run, (set, bytes)) in drawn("colo", ("WHIMBREL_FAILOVERS", 50), draw) {
         let what = format!("run {run}: {set:?}, cut after {bytes} bytes");
+        lose_the_link(Pair::begin(set), (set, bytes), &what);
+        alone.expect_nothing_left(&what);
+    }
+}
+
+/// The link breaks after so many bytes: both sides have a guest that is whole.
+fn lose_the_link(pair: Pair, (set, bytes): (Set, u64), what: &str) {
+    let (_events, primary_exits) = exits(&pair.primary);
+    let (_events_too, secondary_exits) = exits(&pair.secondary);
+    pair.relay.cut_after(bytes);
+    // The primary goes on by itself; the secondary does not know whether it is dead.
+    wait_for(&pair.primary, MigrationStatus::Completed);
+    let exit = primary_exits.recv_timeout(vms::LIMIT).expect("it is told");
+    assert_eq!(exit, (ColoMode::Primary, ColoExitReason::Error), "{what}");
+    pair.primary.expect_reason(&["the secondary is lost"], what);
+    pair.primary.expect_healthy(what);
+    let exit = secondary_exits.recv_timeout(vms::LIMIT).expect("it is told");
+    assert_eq!(exit, (ColoMode::Secondary, ColoExitReason::Error), "{what}");
+    until(what, || pair.secondary.migrator.info().error_desc.is_some());
+    pair.secondary.expect_reason(&["the primary is lost", "x-colo-lost-heartbeat"], what);
+    assert_eq!(pair.secondary.status(), Some(MigrationStatus::Colo), "{what}");
+    pair.secondary.migrator.cont().expect_err("it is not its guest yet");
+    let Pair { primary, secondary, relay } = pair;
+    primary.migrator.stop().expect("stops");
+    secondary.migrator.colo_lost_heartbeat().expect("it waits for that");
+    wait_for(&secondary, MigrationStatus::Completed);
+    if !set.runs {
+        secondary.migrator.cont().expect("it is here");
+    }
+    secondary.expect_healthy(what);
+    // And it can be moved, or be kept in step, again.
+    let capabilities = [(Capability::XColo, false), (Capability::Multifd, false)];
+    secondary.migrator.set_capabilities(&capabilities).expect("nothing is under way");
+    expect_movable(&secondary, &set.config(), what);
+    drop((primary, secondary, relay, _events, _events_too));
+}
+
+fn ahead(side: &Side) -> u64 {
+    side.migrator.info().colo.map_or(0, |colo| colo.ahead)
+}
+
+/// What a busy guest dirties goes ahead of its checkpoints, and the copy is still what the guest is.
+#[test]
+fn pages_go_ahead_of_a_checkpoint_and_the_copy_is_what_the_guest_is() {
+    let alone = Alone::begin();
+    for channels in [0, 2] {
+        let set = Set { channels, delay: 150, busy: true, ..Set::default() };
+        let what = format!("{set:?}");
+        let Pair { primary, secondary, relay } = {
+            let pair = Pair::begin(set);
+            until("pages that went ahead", || ahead(&pair.primary) > 0);
+            let before = ahead(&pair.primary);
+            pair.expect_checkpoints(5);
+            assert!(ahead(&pair.primary) > before, "{what}: again and again");
+            pair.settle();
+            pair
+        };
+        expect_same_ram(&primary, &secondary, &what);
+        primary.migrator.cont().expect("runs on");
+        primary.expect_healthy(&what);
+        drop((primary, secondary, relay));
+        alone.expect_nothing_left(&what);
+    }
+}
+
+/// Most bytes are those of pages that go ahead: so a link that breaks at any byte mostly breaks in them.
+#[test]
+fn a_link_that_breaks_in_pages_that_go_ahead_leaves_both_sides_whole() {
+    let alone = Alone::begin();
+    let draw = |dice: &mut vms::Dice| {
+        let channels = [0, 2][usize::from(dice.below(2) == 0)];
+        let set =
+            Set { channels, delay: 150, busy: true, runs: dice.below(2) == 0, ..Set::default() };
+        (set, dice.below(40 << 20))
+    };
+    for (run, (set, bytes)) in drawn("colo-ahead", ("WHIMBREL_FAILOVERS", 8), draw) {
+        let what = format!("run {run}: {set:?}, cut after {bytes} bytes");
         let pair = Pair::begin(set);
-        let (_events, primary_exits) = exits(&pair.primary);
-        let (_events_too, secondary_exits) = exits(&pair.secondary);
-        pair.relay.cut_after(bytes);
-        // The primary goes on by itself; the secondary does not know whether it is dead.
-        wait_for(&pair.primary, MigrationStatus::Completed);
-        let exit = primary_exits.recv_timeout(vms::LIMIT).expect("it is told");
-        assert_eq!(exit, (ColoMode::Primary, ColoExitReason::Error), "{what}");
-        pair.primary.expect_reason(&["the secondary is lost"], &what);
-        pair.primary.expect_healthy(&what);
-        let exit = secondary_exits.recv_timeout(vms::LIMIT).expect("it is told");
-        assert_eq!(exit, (ColoMode::Secondary, ColoExitReason::Error), "{what}");
-        until(&what, || pair.secondary.migrator.info().error_desc.is_some());
-        pair.secondary.expect_reason(&["the primary is lost", "x-colo-lost-heartbeat"], &what);
-        assert_eq!(pair.secondary.status(), Some(MigrationStatus::Colo), "{what}");
-        pair.secondary.migrator.cont().expect_err("it is not its guest yet");
-        let Pair { primary, secondary, relay } = pair;
-        primary.migrator.stop().expect("stops");
-        secondary.migrator.colo_lost_heartbeat().expect("it waits for that");
-        wait_for(&secondary, MigrationStatus::Completed);
-        if !set.runs {
-            secondary.migrator.cont().expect("it is here");
-        }
-        secondary.expect_healthy(&what);
-        // And it can be moved, or be kept in step, again.
-        let capabilities = [(Capability::XColo, false), (Capability::Multifd, false)];
-        secondary.migrator.set_capabilities(&capabilities).expect("nothing is under way");
-        expect_movable(&secondary, &config(set.accel), &what);
-        drop((primary, secondary, relay, _events, _events_too));
+        until("pages that went ahead", || ahead(&pair.primary) > 0);
+        lose_the_link(pair, (set, bytes), &what);
         alone.expect_nothing_left(&what);
     }
 }

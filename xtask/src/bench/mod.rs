@@ -5,6 +5,7 @@ use anyhow::Result;
 
 use crate::workspace::Workspace;
 
+mod colo;
 mod contender;
 mod control;
 mod host_memory;
@@ -34,6 +35,8 @@ pub(crate) enum Bench {
     Recovery(recovery::Args),
     /// Multifd: several channels, compressed, encrypted, over loopback and slow links (these need root)
     Multifd(multifd::Args),
+    /// Two VMs in step (COLO): for how long the guest stands still (slow links need root)
+    Colo(colo::Args),
     /// Whether sending without a copy (MSG_ZEROCOPY) pays on this machine
     ZeroCopy(zero_copy::Args),
     /// How long the control sockets take to answer while a guest moves, ours and QEMU's
@@ -61,6 +64,7 @@ pub(crate) fn run(workspace: &Workspace, which: &Bench) -> Result<bool> {
         Bench::Postcopy(args) => postcopy::run(workspace, args),
         Bench::Recovery(args) => recovery::run(workspace, args),
         Bench::Multifd(args) => multifd::run(workspace, args),
+        Bench::Colo(args) => colo::run(workspace, args),
         Bench::ZeroCopy(args) => zero_copy::run(workspace, args),
         Bench::Control(args) => control::run(workspace, args),
         Bench::ControlAsker(args) => control::asker::run(args),

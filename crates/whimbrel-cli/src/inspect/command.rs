@@ -39,6 +39,7 @@ pub(super) fn colo_entry(message: ColoMessage, at: u64) -> Entry {
         ColoMessage::VmstateSize(_) => "VMSTATE_SIZE",
         ColoMessage::VmstateReceived => "VMSTATE_RECEIVED",
         ColoMessage::VmstateLoaded => "VMSTATE_LOADED",
+        ColoMessage::PagesAhead => "WHIMBREL_PAGES_AHEAD",
     };
     let mut entry = Entry::new(name, at);
     if let ColoMessage::VmstateSize(size) = message {

@@ -14,6 +14,7 @@
 pub(crate) mod flush;
 pub(crate) mod output;
 pub(crate) mod primary;
+pub(crate) mod rounds;
 pub(crate) mod secondary;
 
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -56,6 +57,7 @@ struct State {
 struct Counted {
     checkpoints: u64,
     pages: u64,
+    ahead: u64,
     stop: Latencies,
     memory: Latencies,
 }
@@ -68,6 +70,8 @@ struct Checkpoint {
     /// The part of it that was memory's.
     memory: Duration,
     pages: u64,
+    /// Pages that had gone ahead of it.
+    ahead: u64,
 }
 
 impl std::fmt::Debug for Replication {
@@ -156,10 +160,17 @@ impl Replication {
         std::mem::take(&mut self.lock().wanted)
     }
 
+    /// Whether one is wanted, or the other side is not: whatever else is under way is to end.
+    fn wants_checkpoint(&self) -> bool {
+        let state = self.lock();
+        state.wanted || state.asked
+    }
+
     fn is_complete(&self, checkpoint: Checkpoint) {
         let counted = &mut self.lock().counted;
         counted.checkpoints += 1;
         counted.pages += checkpoint.pages;
+        counted.ahead += checkpoint.ahead;
         counted.stop.record(checkpoint.stop);
         counted.memory.record(checkpoint.memory);
     }
@@ -218,10 +229,11 @@ impl Replication {
         if !self.has_begun() {
             return None;
         }
-        let Counted { checkpoints, pages, stop, memory } = &self.lock().counted;
+        let Counted { checkpoints, pages, ahead, stop, memory } = &self.lock().counted;
         Some(ColoStats {
             checkpoints: *checkpoints,
             pages: *pages,
+            ahead: *ahead,
             stop_us: stop.summary(),
             memory_us: memory.summary(),
         })

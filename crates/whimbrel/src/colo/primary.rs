@@ -11,6 +11,7 @@ use whimbrel_wire::{ColoMessage, encode_eof};
 
 use super::Checkpoint;
 use super::output::Due;
+use super::rounds::Rounds;
 use crate::error::Error;
 use crate::guest::{Guest, Taken};
 use crate::recovery;
@@ -37,6 +38,7 @@ pub(crate) struct Primary<'a, 'j> {
     pub(crate) log: &'a Logging<'j>,
     pub(crate) crew: Option<&'a Crew<'j>>,
     pub(crate) stream: &'a mut Stream,
+    pub(crate) rounds: Rounds,
 }
 
 impl Primary<'_, '_> {
@@ -84,17 +86,28 @@ impl Primary<'_, '_> {
         self.expect(ColoMessage::CheckpointReady)
     }
 
-    /// Waits until it is time for the next checkpoint, or somebody wants one.
+    /// Waits until it is time for the next checkpoint, or somebody wants one. Meanwhile pages go ahead
+    /// of it, where that is agreed on.
     fn wait(&mut self, ends: &Cancel) -> Result<(), Error> {
         let begun = Instant::now();
         loop {
             let delay = self.job.parameters().with(|parameters| parameters.x_checkpoint_delay);
             let delay = Duration::from_millis(delay);
             let Some(left) = delay.checked_sub(begun.elapsed()) else { return Ok(()) };
-            let left = match self.job.colo.output().is_due() {
+            let due = match self.job.colo.output().is_due() {
                 Due::Now => return Ok(()),
-                Due::Within(limit) => limit.map_or(left, |limit| limit.min(left)),
+                Due::Within(limit) => limit.unwrap_or(left),
             };
+            let until_round = self.until_round(delay, left);
+            if until_round == Some(Duration::ZERO) {
+                // A checkpoint that is a little late costs the guest less than pages in its stop.
+                self.round(begun + delay + delay / 4)?;
+                if self.job.colo.is_wanted() {
+                    return Ok(());
+                }
+                continue;
+            }
+            let left = until_round.unwrap_or(left).min(due);
             let channel = self.stream.out.channel();
             let fds = [channel.as_fd(), self.job.colo.said().as_fd()];
             ends.wait_any(&fds, left.min(LOOK)).map_err(Error::system("waiting"))?;
@@ -109,14 +122,12 @@ impl Primary<'_, '_> {
     fn checkpoint(&mut self) -> Result<(), Error> {
         self.say(ColoMessage::CheckpointRequest)?;
         self.expect(ColoMessage::CheckpointReply)?;
-        let counters = &self.job.report.counters;
-        let pages = || get(&counters.normal) + get(&counters.duplicate);
-        let (before, stopped) = (pages(), Instant::now());
+        let (before, stopped) = (self.pages_so_far(), Instant::now());
         stand_still(&self.job.guest, self.held)?;
         let boundary = self.job.colo.output().boundary();
         ColoMessage::VmstateSend.encode(self.stream.out.words());
         let sending = Instant::now();
-        switchover::send_rest(self.job, self.map, self.log, self.crew, self.stream)?;
+        let dirty = switchover::send_rest(self.job, self.map, self.log, self.crew, self.stream)?;
         let memory = sending.elapsed();
         let mut devices = Vec::new();
         for device in switchover::device_sections(self.job, self.held)? {
@@ -132,12 +143,19 @@ impl Primary<'_, '_> {
         // this one not arrive, this side has lost nothing.
         give_back(&self.job.guest, self.held)?;
         let stop = stopped.elapsed();
-        let pages = pages() - before;
+        let pages = self.pages_so_far() - before;
+        let ahead = self.rounds.checkpoint(sending, dirty, pages, memory);
         self.expect(ColoMessage::VmstateReceived)?;
         self.job.colo.output().is_complete(boundary);
         self.expect(ColoMessage::VmstateLoaded)?;
-        self.job.colo.is_complete(Checkpoint { stop, memory, pages });
+        self.job.colo.is_complete(Checkpoint { stop, memory, pages, ahead });
         Ok(())
+    }
+
+    /// Pages that have been sent.
+    pub(super) fn pages_so_far(&self) -> u64 {
+        let counters = &self.job.report.counters;
+        get(&counters.normal) + get(&counters.duplicate)
     }
 
     fn say(&mut self, message: ColoMessage) -> Result<(), Error> {

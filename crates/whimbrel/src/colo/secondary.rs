@@ -161,7 +161,7 @@ impl Secondary<'_, '_> {
         self.job.colo.output().becomes_copys(self.epoch);
         self.copy.go_on(self.waiting.is_to_run()).map_err(Ended::Broken)?;
         let stop = begun.elapsed();
-        self.job.colo.is_complete(Checkpoint { stop, memory, pages });
+        self.job.colo.is_complete(Checkpoint { stop, memory, pages, ahead: 0 });
         self.incoming.say_colo(ColoMessage::VmstateLoaded).map_err(Ended::Lost)
     }
 

@@ -3,6 +3,7 @@
 //!
 //! Time is a [`Duration`](std::time::Duration) since the migration began.
 
+mod ahead;
 mod downtime;
 mod effort;
 mod pace;
@@ -12,6 +13,7 @@ mod share;
 mod throttle;
 mod window;
 
+pub(crate) use ahead::Ahead;
 pub(crate) use downtime::{Convergence, Next};
 pub(crate) use effort::{Effort, Gone};
 pub(crate) use pace::Pace;

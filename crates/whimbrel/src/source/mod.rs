@@ -7,6 +7,7 @@
 //! postcopy it is read by `source/urgent` ([`urgent`]), which [`said`] and [`wanted`] join to
 //! `source/main`.
 
+pub(crate) mod ahead;
 pub(crate) mod answers;
 mod background;
 pub(crate) mod handover;
@@ -37,6 +38,7 @@ use whimbrel_wire::Command;
 use crate::channel::Route;
 use crate::colo::Replication;
 use crate::colo::primary::{self, Primary};
+use crate::colo::rounds::Rounds;
 use crate::error::Error;
 use crate::guest::{Guest, RunRight};
 use crate::hello::{Features, PING_PARKED};
@@ -252,7 +254,8 @@ fn send_first(
         switchover::stop(job, held)?;
         switchover::send_rest(job, map, log, crew, stream)?;
         if job.has(Capability::XColo) {
-            let mut primary = Primary { job, held, map, log, crew, stream };
+            let rounds = Rounds::new();
+            let mut primary = Primary { job, held, map, log, crew, stream, rounds };
             match primary.run(ends)? {}
         }
     }

@@ -47,15 +47,16 @@ fn wait_for_continue(job: &Job) -> Result<(), Error> {
     if job.cancel.is_set() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
-/// Sends every page that is still dirty, unpaced, as the `ram` section's END.
+/// Sends every page that is still dirty, unpaced, as the `ram` section's END; gives how many the log
+/// had.
 pub(crate) fn send_rest(
     job: &Job,
     map: &PageMap,
     log: &Logging<'_>,
     crew: Option<&Crew<'_>>,
     stream: &mut Stream,
-) -> Result<(), Error> {
-    log.take_into(map)?;
+) -> Result<u64, Error> {
+    let dirty = log.take_into(map)?;
     job.report.counters.dirty_sync_count.fetch_add(1, Ordering::Relaxed);
     let bytes = |stream: &Stream| stream.out.bytes() + crew.map_or(0, Crew::bytes);
     let before = bytes(stream);
@@ -71,7 +72,7 @@ pub(crate) fn send_rest(
     add(&job.report.counters.downtime_bytes, bytes(stream) - before);
     set(&job.report.counters.transferred, stream.out.bytes());
     set(&job.report.counters.remaining, 0);
-    Ok(())
+    Ok(dirty)
 }
 
 fn rest_on_main(

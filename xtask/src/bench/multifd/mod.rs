@@ -26,7 +26,7 @@ mod figures;
 mod memory_copy;
 mod moving;
 mod scenario;
-mod ticker;
+pub(in crate::bench) mod ticker;
 
 /// What both hosts' TCP is set to, as in the other benches.
 const CONGESTION: &str = "cubic";

@@ -5,8 +5,8 @@
 use super::super::multiboot::{self, Code};
 
 /// Where its record lies: a magic, and how many ticks there have been.
-pub(super) const RECORD_AT: u32 = 2 << 20;
-pub(super) const RECORD_BYTES: u32 = 8;
+pub(in crate::bench) const RECORD_AT: u32 = 2 << 20;
+pub(in crate::bench) const RECORD_BYTES: u32 = 8;
 const MAGIC: u32 = 0x6b63_6974;
 
 const WORKING_SET_AT: u32 = 256 << 20;
@@ -26,17 +26,28 @@ const FIRST_VECTOR: u8 = 32;
 const VECTORS: usize = 48;
 
 /// How many ticks its record, as read out of its memory, says; `None` before it has begun.
-pub(super) fn ticks(record: &[u8]) -> Option<u32> {
+pub(in crate::bench) fn ticks(record: &[u8]) -> Option<u32> {
     let word = |at: usize| Some(u32::from_le_bytes(record.get(at..at + 4)?.try_into().ok()?));
     (word(0)? == MAGIC).then(|| word(4))?
 }
 
 /// A guest that writes to so many pages a second, of a working set of so many MiB.
-pub(super) fn image(pages_per_second: u32, working_set_mib: u32) -> Vec<u8> {
+pub(in crate::bench) fn image(pages_per_second: u32, working_set_mib: u32) -> Vec<u8> {
     let mut code = Code::default();
     let tables = tables(&mut code);
     prepare(&mut code, &tables);
     write_for_ever(&mut code, (pages_per_second / TICKS_PER_SECOND).max(1), working_set_mib * 256);
+    multiboot::image(&code, RECORD_AT + RECORD_BYTES)
+}
+
+/// A guest that says that it has begun, and then does nothing at all.
+pub(in crate::bench) fn still() -> Vec<u8> {
+    let mut code = Code::default();
+    code.raw(&[0xfa]); //                                 cli
+    code.raw(&[0xc7, 0x05]).word(RECORD_AT + 4).word(1); // mov dword [RECORD_AT+4], 1
+    code.raw(&[0xc7, 0x05]).word(RECORD_AT).word(MAGIC); // mov dword [RECORD_AT], MAGIC
+    let halt = code.len();
+    code.raw(&[0xf4, 0xe9]).back_to(halt); //             hlt; jmp halt
     multiboot::image(&code, RECORD_AT + RECORD_BYTES)
 }
 

@@ -12,6 +12,7 @@ use super::{Devices, Incoming, Replica, Setup};
 use crate::destination::multifd::{Cached, Receivers, Target};
 use crate::destination::placing::Placing;
 use crate::error::Error;
+use crate::hello::Features;
 use crate::worker::Cancel;
 
 /// Most bytes of the device state of a checkpoint.
@@ -48,19 +49,31 @@ impl Incoming {
         self.input.channel().send_bytes(&words)
     }
 
-    /// Waits for the primary to ask for a checkpoint.
+    /// Waits for the primary to ask for a checkpoint. Pages that come ahead of it are in the cache then,
+    /// where they harm nothing, whatever becomes of the checkpoint.
     pub(crate) fn checkpoint_request(&mut self) -> Result<(), Error> {
-        let result = loop {
-            match self.input.next(|_, _| Ok(())) {
-                Ok(Some(Decoded::Colo(ColoMessage::CheckpointRequest))) => break Ok(()),
-                // That of the migration before.
-                Ok(Some(Decoded::VmDescription(_))) => {}
-                Ok(Some(other)) => break Err(self.meaningless(&other)),
-                Ok(None) => break Err(self.input.ended("the next checkpoint")),
-                Err(error) => break Err(error),
-            }
-        };
+        let result = self.wait_for_request();
         self.told_by_channels(result)
+    }
+
+    fn wait_for_request(&mut self) -> Result<(), Error> {
+        loop {
+            match self.input.next(|_, _| Ok(()))? {
+                Some(Decoded::Colo(ColoMessage::CheckpointRequest)) => return Ok(()),
+                Some(Decoded::Colo(ColoMessage::PagesAhead))
+                    if self.agreed.has(Features::PAGES_AHEAD) =>
+                {
+                    self.loaded = false;
+                }
+                // Only behind that word: the decoder lets nothing else come here.
+                Some(Decoded::Ram(record)) => self.record(record)?,
+                Some(Decoded::SectionEnd(_) | Decoded::Footer(_) | Decoded::Eof) => {}
+                // That of the migration before.
+                Some(Decoded::VmDescription(_)) => {}
+                Some(other) => return Err(self.meaningless(&other)),
+                None => return Err(self.input.ended("the next checkpoint")),
+            }
+        }
     }
 
     /// Takes a checkpoint in: RAM into the cache, and the devices, which it gives.
