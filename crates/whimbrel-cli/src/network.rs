@@ -55,7 +55,7 @@ impl NetOptions {
             }
         };
         let attachment = Attachment::plug(plug, receive)?;
-        let output = migrator.set_outlet(ToHost(Box::new(attachment.sender())));
+        let output = migrator.set_outlet(ToHost(attachment.sender()));
         nic.on_send({
             let output = output.clone();
             move |frame| output.send(frame)
@@ -66,9 +66,9 @@ impl NetOptions {
 }
 
 /// Where frames leave.
-struct ToHost(Box<dyn Fn(&[u8]) + Send + Sync>);
+struct ToHost<F>(F);
 
-impl Outlet for ToHost {
+impl<F: Fn(&[u8]) + Send + Sync> Outlet for ToHost<F> {
     fn release(&self, packet: &[u8]) {
         (self.0)(packet);
     }

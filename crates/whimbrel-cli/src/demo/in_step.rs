@@ -70,8 +70,8 @@ fn keep_in_step(demo: &Demo, folder: &Path) -> Result<Outcome, Failure> {
     options.push(format!("--accel={}", Accel::Native));
     options.push(format!("--net=unix:{}", folder.join("hub").display()));
     let mut primary = Child::start("primary", folder, &options, &[])?;
-    // Started by the one that kills the primary: it is asked whether that is dead.
-    let fence = format!("--fence=! kill -0 {}", primary.id());
+    // A process that was killed is there until it has been waited for.
+    let fence = format!("--fence=while kill -0 {} 2>&-; do sleep 0.01; done", primary.id());
     let waits = ["--incoming=defer", &fence];
     let mut secondary = Child::start("secondary", folder, &options, &waits)?;
     let mut client = Client::new(CLIENT, GUEST_IP, 49152, hub.now());

@@ -78,8 +78,9 @@ fn a_client_in_the_kernel_goes_on_when_the_primary_was_killed() {
     let folder = folder();
     let count = folder.path().join("count");
     let mut primary = bridge.vm("one", &[]);
-    // Whoever is asked whether the primary is dead finds out.
-    let fence = format!("--fence=! kill -0 {}", primary.process.id());
+    // A process that was killed is there until it has been waited for.
+    let id = primary.process.id();
+    let fence = format!("--fence=while kill -0 {id} 2>&-; do sleep 0.01; done");
     let mut secondary = bridge.vm("two", &["--incoming=defer", &fence]);
     for side in [&mut primary, &mut secondary] {
         side.switch_on(&["return-path", "x-colo"]);

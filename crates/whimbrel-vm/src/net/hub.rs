@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
@@ -75,10 +75,7 @@ impl Hub {
 
     /// The next frame that a VM has sent, if one comes within `limit`.
     pub fn next(&self, limit: Duration) -> Option<Vec<u8>> {
-        match self.frames.recv_timeout(limit) {
-            Ok(frame) => Some(frame),
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-        }
+        self.frames.recv_timeout(limit).ok()
     }
 
     /// The time as a [`Client`] on this hub is told it.

@@ -33,7 +33,7 @@ fn what_differs_is_told_by_its_place() {
     assert_eq!(say(&mut stream, Side::Copy, 98, "__abcxef"), Err(103));
     assert!(stream.is_agreed(&(100..103)) && !stream.is_agreed(&(100..104)));
     assert_eq!(say(&mut stream, Side::Guest, 103, "dx"), Err(104), "with itself");
-    assert_eq!(stream.say(NOW, Side::Copy, 103, Kind::Fin, &[b'd']), Err(103));
+    assert_eq!(stream.say(NOW, Side::Copy, 103, Kind::Fin, b"d"), Err(103));
 }
 
 #[test]
