@@ -279,7 +279,9 @@ fn a_client_goes_on_with_whichever_side_is_left() {
             _ => &stage.primary,
         };
         loser.dead.store(true, Ordering::SeqCst);
-        assert!(!loser.side.runs() || loser.output.is_copys(), "{what}: two guests are let out");
+        // A copy may run on, and is let out nowhere.
+        let still = loser.output.is_copys() || !loser.side.runs();
+        assert!(still, "{what}: two guests are let out");
         stage.serve(&what, |stage| stage.survivor().is(MigrationStatus::Completed));
         stage.serve_more(100, &what);
         stage.survivor().side.expect_healthy(&what);
