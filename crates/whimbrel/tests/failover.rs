@@ -285,6 +285,13 @@ fn a_client_goes_on_with_whichever_side_is_left() {
         stage.serve(&what, |stage| stage.survivor().is(MigrationStatus::Completed));
         stage.serve_more(100, &what);
         stage.survivor().side.expect_healthy(&what);
+        if stage.lease.holder() == SECONDARY {
+            // Ended, it neither runs nor says what it had held.
+            let said = stage.primary.output.stats().released;
+            stage.primary.side.migrator.end();
+            assert!(!stage.primary.side.vm.running(), "{what}: it was refused");
+            assert_eq!(stage.primary.output.stats().released, said, "{what}: it was refused");
+        }
         differences += stage.primary.output.stats().differences;
         survivors[usize::from(stage.lease.holder() == SECONDARY)] += 1;
         eprintln!("{what}: {} answers, in {:?}", stage.client.answered(), began.elapsed());

@@ -198,6 +198,16 @@ fn may_go_on(job: &Job, error: &Error) -> bool {
     }
 }
 
+/// It is all ended while the secondary may have taken over: the guest stands still until a human says
+/// otherwise, and what it has said to nobody is forgotten.
+fn stay_still(job: &Job, held: &mut Held) {
+    if let Held::Stopped { right, .. } = std::mem::replace(held, Held::Untouched) {
+        job.guest.put_right(right, RunState::Paused);
+    }
+    job.colo.is_left();
+    job.colo.output().forgets();
+}
+
 /// The secondary is lost, or was let go: the guest goes on alone.
 pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
     let reason = job.colo.ends(job.cancel.is_set());
@@ -213,8 +223,9 @@ pub(crate) fn go_on_alone(job: &Job, held: &mut Held, error: &Error) {
         if let Err(error) = still {
             job.report.set_error(error.to_string());
         }
-        if !may_go_on(job, error) {
-            job.colo.wait_until_asked(&job.cancel);
+        let alone = may_go_on(job, error) || job.colo.wait_until_asked(&job.cancel);
+        if !alone && job.colo.has_fence() {
+            return stay_still(job, held);
         }
     }
     if let Err(error) = give_back(&job.guest, held) {

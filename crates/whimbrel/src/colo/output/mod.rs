@@ -283,6 +283,11 @@ impl Output {
         self.let_go();
     }
 
+    /// The guest is kept in step no more and stands still, and what is held is not to leave.
+    fn forgets(&self) {
+        self.lock().part = Part::Open;
+    }
+
     /// Has everything leave that may, one after the other, whoever else wants that too. No lock is
     /// held meanwhile.
     fn let_go(&self) {
@@ -381,5 +386,9 @@ impl MaybeOutput {
 
     pub(crate) fn opens(&self) {
         self.0.iter().for_each(Output::opens);
+    }
+
+    pub(crate) fn forgets(&self) {
+        self.0.iter().for_each(Output::forgets);
     }
 }
