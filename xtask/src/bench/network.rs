@@ -61,6 +61,32 @@ impl fmt::Display for Link {
     }
 }
 
+/// What lies between the two sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Between {
+    Loopback,
+    Link(Link),
+}
+
+impl Between {
+    /// From `loopback` or Gbit/s.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "loopback" => Ok(Self::Loopback),
+            rate => Link::parse(rate).map(Self::Link).map_err(|why| format!("loopback, or: {why}")),
+        }
+    }
+}
+
+impl fmt::Display for Between {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Loopback => formatter.write_str("loopback"),
+            Self::Link(link) => link.fmt(formatter),
+        }
+    }
+}
+
 /// Which end of the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {

@@ -177,8 +177,8 @@ pub(super) fn table(rows: &[Row]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::colo::scenario::Between;
     use crate::bench::contender::Memory;
+    use crate::bench::network::Between;
 
     fn event(name: &str, ms: u64) -> Event {
         Event { name: name.to_owned(), data: Value::Null, at: Duration::from_millis(ms) }

@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 
 use self::figures::{Row, line, table};
 use self::pair::{Contender, Setup, too_old};
-use self::scenario::{Between, Scenario};
+use self::scenario::Scenario;
 use super::contender::{Memory, Qemu, whimbrel};
 use super::host_memory;
 use super::janitor::{Janitor, Trace};
-use super::network::{Network, Way};
+use super::network::{Between, Network, Way};
 use super::sample::{keep, machine};
 use super::scratch::Scratch;
 use crate::workspace::Workspace;

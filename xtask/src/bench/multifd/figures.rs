@@ -184,7 +184,8 @@ pub(super) fn table(rows: &[Row]) -> String {
 mod tests {
     use super::*;
     use crate::bench::multifd::content::Content;
-    use crate::bench::multifd::scenario::{Between, Guest, Room, Tls};
+    use crate::bench::multifd::scenario::{Guest, Room, Tls};
+    use crate::bench::network::Between;
 
     fn row(channels: u8, compression: Compression, who: Who, speeds: &[f64]) -> Row {
         Row {

@@ -5,7 +5,7 @@ use std::fmt;
 use clap::ValueEnum;
 
 use super::content::Content;
-use crate::bench::network::Link;
+use crate::bench::network::Between;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Compression {
@@ -49,32 +49,6 @@ pub(super) enum Room {
     Preallocated,
     /// No page was touched
     Untouched,
-}
-
-/// What lies between the two sides.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Between {
-    Loopback,
-    Link(Link),
-}
-
-impl Between {
-    /// From `loopback` or Gbit/s.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "loopback" => Ok(Self::Loopback),
-            rate => Link::parse(rate).map(Self::Link).map_err(|why| format!("loopback, or: {why}")),
-        }
-    }
-}
-
-impl fmt::Display for Between {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Loopback => formatter.write_str("loopback"),
-            Self::Link(link) => link.fmt(formatter),
-        }
-    }
 }
 
 /// What all contenders do in turn.
